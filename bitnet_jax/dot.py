@@ -1,0 +1,179 @@
+"""``dot_general``: the one operator. What its right-hand side is decides what it does."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .ops import integer_product
+from .packed import PackedTernary, unpack_weight
+from .quantize import Scheme, Ternary, dequantize, grouped, quantize_activations, quantize_weights
+
+DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+
+
+def accumulate(x: jax.Array, weight: Ternary, batch_dims: int = 0) -> jax.Array:
+    """The integer accumulators: int8 codes of the activations times codes of the weight.
+
+    Args:
+      x: int8 (*batch, *rows, in).
+      weight: codes (*batch, in, out).
+      batch_dims: number of leading axes the two share.
+
+    Returns:
+      int32 (*batch, groups, *rows, out): one sum for each group of inputs that shares a scale.
+
+    >>> accumulate(jnp.ones((2, 4), jnp.int8), Ternary(jnp.ones((4, 1), jnp.int8), jnp.ones((2, 1)),
+    ...     group=2)).ravel().tolist()
+    [2, 2, 2, 2]
+    """
+    if not weight.group:
+        return jnp.expand_dims(integer_product(x, weight.codes, batch_dims), batch_dims)
+    blocks, _ = grouped(weight.codes, weight.group)
+    groups, size = blocks.shape[-3:-1]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * size - x.shape[-1])])
+    x = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, size), -2, batch_dims)
+    return integer_product(x, blocks, batch_dims + 1)
+
+
+def _rows_like(scale: jax.Array, rows: int) -> jax.Array:
+    """(*batch, groups, out) -> (*batch, groups, 1 for each row axis, out)."""
+    return scale.reshape(*scale.shape[:-1], *(1,) * rows, scale.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _product(x, latent, weight, batch_dims, dtype, precision):
+    """x (*batch, *rows, in) times weight (*batch, in, out); ``latent`` only receives a gradient."""
+    return _product_fwd(x, latent, weight, batch_dims, dtype, precision)[0]
+
+
+def _product_fwd(x, latent, weight, batch_dims, dtype, precision):
+    codes, scale = quantize_activations(x)
+    sums = accumulate(codes, weight, batch_dims).astype(jnp.float32)
+    # Scales come after the sum: the accumulators stay integers, equal on every path.
+    rows = x.ndim - 1 - batch_dims
+    out = (sums * _rows_like(weight.scale, rows)).sum(batch_dims) * scale
+    # Whether there is a latent weight is structure, so that it stays known to Python.
+    trained = None if latent is None else ()
+    return out.astype(dtype), (codes, scale, weight, trained)
+
+
+def _product_bwd(batch_dims, dtype, precision, residuals, g):
+    """dx = g @ q(w).T and dw = q(x).T @ g: the straight-through estimator on both sides."""
+    codes, scale, weight, trained = residuals
+    batch = tuple(range(batch_dims))
+    qw = dequantize(weight).astype(dtype)
+    dims = (((g.ndim - 1,), (batch_dims + 1,)), (batch, batch))
+    dx = lax.dot_general(g, qw, dims, precision=precision).astype(jnp.float32)
+    if trained is None:
+        return dx, None, None
+    qx = (codes * scale).astype(dtype)
+    rows = tuple(range(batch_dims, g.ndim - 1))
+    dw = lax.dot_general(qx, g, ((rows, rows), (batch, batch)), precision=precision)
+    return dx, dw.astype(jnp.float32), None
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _contract_last(x: jax.Array, contract: Sequence[int], batch: Sequence[int]) -> jax.Array:
+    """Bring x to (*batch, *rows, in); contracted axes are flattened into one."""
+    rows = [i for i in range(x.ndim) if i not in (*contract, *batch)]
+    order = (*batch, *rows, *contract)
+    if order != tuple(range(x.ndim)):
+        x = lax.transpose(x, order)
+    return x.reshape(*x.shape[: len(batch) + len(rows)], -1) if len(contract) != 1 else x
+
+
+def _latent_matrix(w: jax.Array, contract: Sequence[int], batch: Sequence[int]):
+    """Bring w to (*batch, in, out) and say the shape ``out`` had."""
+    free = [i for i in range(w.ndim) if i not in (*contract, *batch)]
+    order = (*batch, *contract, *free)
+    if order != tuple(range(w.ndim)):
+        w = lax.transpose(w, order)
+    lead, rest = w.shape[: len(batch)], w.shape[len(batch) :]
+    size, out = rest[: len(contract)], rest[len(contract) :]
+    return w.reshape(*lead, math.prod(size), math.prod(out)), out
+
+
+def _ternary_matrix(w: Ternary | PackedTernary, contract: Sequence[int], batch: Sequence[int]):
+    """A ternary leaf already lies as (*batch, in, out): check it, unpack it."""
+    if tuple(batch) != tuple(range(w.ndim - 2)) or tuple(contract) != (w.ndim - 2,):
+        raise ValueError(
+            f"a ternary leaf of shape {w.shape} contracts its axis {w.ndim - 2}, with the axes "
+            f"before it as batch; got contract {tuple(contract)}, batch {tuple(batch)}"
+        )
+    return (unpack_weight(w) if isinstance(w, PackedTernary) else w), w.shape[-1:]
+
+
+def dot_general(
+    lhs: jax.Array,
+    rhs: jax.Array | Ternary | PackedTernary,
+    dimension_numbers: DimensionNumbers,
+    precision=None,
+    preferred_element_type=None,
+    out_sharding=None,
+    *,
+    scheme: Scheme = Scheme(),
+) -> jax.Array:
+    """`jax.lax.dot_general` with a ternary right-hand side and int8 activations.
+
+    q(x) = codes_x * scale_x (one scale a row), q(w) = codes_w * scale_w (as the scheme says)
+    out  = (codes_x @ codes_w as int32) * scale_w * scale_x
+    dx   = g @ q(w).T,  dw = q(x).T @ g   (straight-through: w + stop_gradient(q(w) - w))
+
+    Put it into any Flax layer that takes a ``dot_general``:
+    ``nn.DenseGeneral(8, dot_general=bitnet_jax.dot_general)``, or, for another scheme,
+    ``dot_general=bitnet_jax.with_scheme(Scheme("twn", "channel"))``.
+
+    Args:
+      lhs: activations, float, any shape; quantised over the contracted axes together.
+      rhs: latent weights (float, any shape), quantised here; or a `Ternary` or `PackedTernary`
+        leaf of shape (*batch, in, out), whose codes are multiplied as they are.
+      dimension_numbers: as in `jax.lax.dot_general`.
+      precision: of the backward products; the forward one is exact.
+      preferred_element_type: dtype of the result; by default lhs's.
+      out_sharding: as in `jax.lax.dot_general`, for meshes with explicit axes.
+      scheme: how latent weights become ternary; not used for ternary leaves, which carry their own.
+
+    Returns:
+      (*batch, *lhs free axes, *rhs free axes). Differentiable in lhs, and in rhs when it is latent.
+
+    Raises:
+      ValueError: if a ternary leaf is asked to contract an axis that is not its input axis, or
+        the contracted sizes differ.
+
+    >>> x, w = jnp.ones((2, 3)), jnp.array([[0.5], [-0.5], [0.5]])
+    >>> dot_general(x, w, (((1,), (0,)), ((), ()))).round(4).tolist()
+    [[0.5], [0.5]]
+    """
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    # float32 from here on; the casts' own transposes give each gradient its dtype back.
+    x = _contract_last(lhs, lhs_contract, lhs_batch).astype(jnp.float32)
+    if isinstance(rhs, Ternary | PackedTernary):
+        weight, out = _ternary_matrix(rhs, rhs_contract, rhs_batch)
+        latent = None
+    else:
+        latent, out = _latent_matrix(rhs.astype(jnp.float32), rhs_contract, rhs_batch)
+        weight = quantize_weights(lax.stop_gradient(latent), scheme)
+    if x.shape[-1] != weight.shape[-2]:
+        raise ValueError(f"lhs contracts {x.shape[-1]} features, rhs {weight.shape[-2]}")
+    dtype = jnp.dtype(preferred_element_type or lhs.dtype)
+    y = _product(x, latent, weight, len(lhs_batch), dtype, precision)
+    y = y.reshape(*y.shape[:-1], *out) if len(out) != 1 else y
+    return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
+
+
+@functools.cache
+def with_scheme(scheme: Scheme) -> Callable[..., jax.Array]:
+    """`dot_general` bound to a scheme.
+
+    One object for each scheme, so that modules that hold it compare equal.
+
+    >>> with_scheme(Scheme("twn")) is with_scheme(Scheme("twn"))
+    True
+    """
+    return functools.partial(dot_general, scheme=scheme)

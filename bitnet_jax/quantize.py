@@ -1,0 +1,191 @@
+"""Weights to ternary codes and scale, activations to int8: pure functions in float32.
+
+Every rounding is half to even and every scale is float32, whatever the dtype that came in:
+computing them in bfloat16 flips 0.2 % of the codes.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+# Clamp of the mean |w| below which a scale would divide by (almost) zero. BitNet b1.58 clamps at
+# 1e-5 ("The Era of 1-bit LLMs: Training Tips, Code and FAQ"), the sandbox's layer at 1e-8.
+_SMALLEST_SCALE = {"absmean": 1e-5, "threshold": 1e-8, "twn": 1e-8}
+# Share of the mean |w| under which a weight becomes 0; absmean needs none, it rounds.
+_THRESHOLD = {"threshold": 0.1, "twn": 0.7}
+# Largest |x| of a token is at least this, so that a row of zeros has a finite scale (same paper).
+_SMALLEST_ACTIVATION = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How latent weights become codes and scale.
+
+    With m the mean of |w| over the elements that share a scale:
+
+    | rule      | code                                | scale                       |
+    |-----------|-------------------------------------|-----------------------------|
+    | absmean   | clip(round(w / m), -1, 1)           | m                           |
+    | threshold | 0 where abs w < t m, else sign(w)   | m                           |
+    | twn       | 0 where abs w < t m, else sign(w)   | mean abs w of the non-zeros |
+
+    Args:
+      rule: ``"absmean"`` (BitNet b1.58, arXiv 2402.17764), ``"threshold"`` (the Phase 4 sandbox,
+        t = 0.1) or ``"twn"`` (Ternary Weight Networks, arXiv 1605.04711, t = 0.7: close to the
+        least squares choice of codes, and exactly the least squares scale for them).
+      scale: what shares a scale: ``"tensor"``, ``"channel"`` (each output has its own) or an
+        integer, the number of consecutive inputs of one output that share one.
+      threshold: t above; None takes the rule's own. Not for absmean.
+
+    Raises:
+      ValueError: for a rule, scale or threshold that does not exist.
+
+    >>> Scheme("twn", scale=64)
+    Scheme(rule='twn', scale=64, threshold=None)
+    """
+
+    rule: Literal["absmean", "threshold", "twn"] = "absmean"
+    scale: Literal["tensor", "channel"] | int = "tensor"
+    threshold: float | None = None
+
+    def __post_init__(self):
+        if self.rule not in _SMALLEST_SCALE:
+            raise ValueError(f"rule {self.rule!r}: expected one of {', '.join(_SMALLEST_SCALE)}")
+        is_group = isinstance(self.scale, int) and not isinstance(self.scale, bool)
+        if not (self.scale in ("tensor", "channel") or (is_group and int(self.scale) > 0)):
+            raise ValueError(
+                f"scale {self.scale!r}: expected 'tensor', 'channel' or a positive group size"
+            )
+        if self.threshold is not None and (self.rule == "absmean" or not self.threshold >= 0):
+            raise ValueError(f"threshold {self.threshold!r} does not fit rule {self.rule!r}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ternary:
+    """A ternary weight: codes and scale together.
+
+    Invariants: ``codes`` is int8 in {-1, 0, 1}, shape (..., in, out); ``scale`` is float32, shape
+    (..., groups, out) or (..., groups, 1), where groups = ceil(in / group), or 1 for group = 0;
+    input i of output o has the value ``codes[i, o] * scale[i // group, o]``.
+    Leading axes are stacks (of layers under scan, of copies under vmap).
+
+    >>> weight = quantize_weights(jnp.array([[0.9, -0.1], [-1.1, 1.9]]))
+    >>> weight.codes.tolist(), weight.scale.tolist()
+    ([[1, 0], [-1, 1]], [[1.0]])
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    group: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape (..., in, out)."""
+        return tuple(self.codes.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self):
+        """Dtype of the values, which is the scale's."""
+        return self.scale.dtype
+
+
+def grouped(w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    """(..., in, out) -> (..., groups, group, out) zero-padded, and true rows (groups, 1, 1)."""
+    size = w.shape[-2]
+    group = group or max(size, 1)
+    groups = max(-(-size // group), 1)
+    pad = [(0, 0)] * (w.ndim - 2) + [(0, groups * group - size), (0, 0)]
+    rows = jnp.clip(size - jnp.arange(groups) * group, 1, group).astype(jnp.float32)
+    blocks = jnp.pad(w, pad).reshape(*w.shape[:-2], groups, group, w.shape[-1])
+    return blocks, rows[:, None, None]
+
+
+def quantize_weights(w: jax.Array, scheme: Scheme = Scheme()) -> Ternary:
+    """Latent weights to a ternary weight.
+
+    Args:
+      w: latent weights, shape (..., in, out), any float dtype; leading axes are a stack of
+        matrices, each with scales of its own.
+      scheme: the rule and what shares a scale; its docstring has the equations.
+
+    Returns:
+      `Ternary` with codes (..., in, out) int8 and scale (..., groups, out or 1) float32. Not
+      differentiable (rounding has no gradient): `dot_general` carries the straight-through one.
+
+    >>> w = jnp.array([[1.0, -1.0], [-0.1, 0.1], [2.0, 0.01]])
+    >>> quantize_weights(w, Scheme("threshold", "channel")).codes.tolist()
+    [[1, -1], [0, 1], [1, 0]]
+    """
+    group = scheme.scale if isinstance(scheme.scale, int) else 0
+    blocks, rows = grouped(w.astype(jnp.float32), group)
+    axes = (-2, -1) if scheme.scale == "tensor" else (-2,)
+    count = rows * w.shape[-1] if scheme.scale == "tensor" else rows
+    size = jnp.abs(blocks)
+    mean = jnp.maximum(size.sum(axes, keepdims=True) / count, _SMALLEST_SCALE[scheme.rule])
+    if scheme.rule == "absmean":
+        codes, scale = jnp.clip(jnp.round(blocks / mean), -1, 1), mean
+    else:
+        share = _THRESHOLD[scheme.rule] if scheme.threshold is None else scheme.threshold
+        # Strict: a weight exactly on the threshold keeps its sign, as in the sandbox's layer.
+        codes, scale = jnp.where(size < share * mean, 0.0, jnp.sign(blocks)), mean
+        if scheme.rule == "twn":
+            kept = jnp.abs(codes)
+            scale = (size * kept).sum(axes, keepdims=True)
+            scale = scale / jnp.maximum(kept.sum(axes, keepdims=True), 1.0)
+            scale = jnp.maximum(scale, _SMALLEST_SCALE[scheme.rule])
+    codes = codes.reshape(*w.shape[:-2], -1, w.shape[-1])[..., : w.shape[-2], :]
+    return Ternary(codes.astype(jnp.int8), jnp.squeeze(scale, -2), group)
+
+
+def dequantize(weight: Ternary) -> jax.Array:
+    """Codes times scale: the float32 values a ternary weight stands for, shape (..., in, out).
+
+    Feeding the result to `quantize_weights` again keeps the codes but, under absmean, shrinks the
+    scale by the density of the codes; carry the `Ternary` instead.
+
+    >>> dequantize(Ternary(jnp.array([[1, -1]], jnp.int8), jnp.array([[0.5, 2.0]]))).tolist()
+    [[0.5, -2.0]]
+    """
+    blocks, _ = grouped(weight.codes, weight.group)
+    values = blocks.astype(jnp.float32) * weight.scale[..., :, None, :]
+    shape = weight.codes.shape
+    return values.reshape(*shape[:-2], -1, shape[-1])[..., : shape[-2], :]
+
+
+def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Activations to int8, one scale a token: codes = round(127 x / max abs x), half to even.
+
+    Args:
+      x: activations, shape (..., features), any float dtype.
+
+    Returns:
+      codes int8 (..., features) in [-127, 127] and scale float32 (..., 1), so that
+      x is about codes * scale. From BitNet b1.58 (arXiv 2402.17764).
+
+    >>> codes, scale = quantize_activations(jnp.array([[1.0, -0.5, 0.0]]))
+    >>> codes.tolist(), round(float(scale[0, 0]), 6)
+    ([[127, -64, 0]], 0.007874)
+    """
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=_SMALLEST_ACTIVATION)
+    codes = jnp.clip(jnp.round(x * (127.0 / largest)), -128, 127)
+    return codes.astype(jnp.int8), largest / 127.0
+
+
+def straight_through(x: jax.Array, quantized: jax.Array) -> jax.Array:
+    """The straight-through estimator: the value of ``quantized``, the gradient of ``x``.
+
+    x + stop_gradient(quantized - x), from arXiv 1308.3432. `dot_general` has this gradient built
+    in; this form is for code that quantises something else.
+
+    >>> jax.grad(lambda x: 3 * straight_through(x, jnp.round(x)))(0.4).item()
+    3.0
+    """
+    return x + jax.lax.stop_gradient(quantized.astype(x.dtype) - x)
