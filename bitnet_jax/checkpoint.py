@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from orbax.checkpoint import v1 as ocp
@@ -102,11 +103,13 @@ def save(
       BitnetError: if ``path`` exists and ``overwrite`` is false, or writing fails.
     """
     path, files, metadata = Path(os.path.abspath(path)), files or {}, metadata or {}
+    _put_back(path)
     if path.exists() and not overwrite:
         raise BitnetError(f"{path}: exists already; give another folder or remove it first")
     tree = meta.unbox(tree)
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_ternary)
-    plain = jax.tree.map(_plain, tree, is_leaf=is_ternary)
+    # As JAX holds them: float64 from numpy becomes float32 here rather than unnoticed on load.
+    plain = jax.tree.map(jnp.asarray, jax.tree.map(_plain, tree, is_leaf=is_ternary))
     arrays = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(plain)}
     ours = {
         "version": FORMAT_VERSION,
@@ -124,7 +127,7 @@ def save(
         for name, data in files.items():
             (room / name).write_bytes(data)
         with _quiet():
-            ocp.save(room / "weights", stored)
+            ocp.save(str(room / "weights"), stored)
         ours["files"] = {n: zlib.crc32((room / n).read_bytes()) for n in _files_in(room)}
         ours["self"] = zlib.crc32(_text(ours).encode())
         (room / _MANIFEST).write_text(_text(ours))
@@ -147,16 +150,32 @@ def _swap(room: Path, path: Path) -> None:
     old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     if path.exists():
         os.rename(path, old)
-    os.rename(room, path)
+    try:
+        os.rename(room, path)
+    except OSError:
+        _put_back(path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _clear_leftovers(path: Path) -> None:
-    """Remove what a killed save left here; put back a checkpoint it had moved aside."""
-    for left in path.parent.glob(f".{path.name}.replaced-*"):
+def _left(path: Path, kind: str) -> list[Path]:
+    """What a killed save left beside ``path``: "saving" (its own) or "replaced" (the old one)."""
+    head = f".{path.name}.{kind}-"
+    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+    return [f for f in siblings if f.name.startswith(head) and f.name[len(head) :].isdigit()]
+
+
+def _put_back(path: Path) -> None:
+    """Put back a checkpoint that a save moved aside and did not live to replace."""
+    for left in _left(path, "replaced"):
         if not path.exists():
-            os.rename(left, path)
-    for left in path.parent.glob(f".{path.name}.*-*"):
+            with contextlib.suppress(OSError):
+                os.rename(left, path)
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what a killed save left here."""
+    for left in _left(path, "saving") + _left(path, "replaced"):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -174,13 +193,19 @@ def _quiet():
             x.setLevel(level)
 
 
+def _present(path: str | os.PathLike) -> Path:
+    """The folder itself or, where a save was killed between its two renames, the old one aside."""
+    path = Path(os.path.abspath(path))
+    return path if path.exists() else next(iter(_left(path, "replaced")), path)
+
+
 def read_manifest(path: str | os.PathLike) -> dict:
     """A checkpoint's manifest: version, ternary leaves, checksums and the caller's metadata.
 
     Raises:
       BitnetError: if there is no checkpoint, the manifest is damaged, or its version is not ours.
     """
-    path = Path(os.path.abspath(path))
+    path = _present(path)
     if not path.is_dir():
         raise BitnetError(f"{path}: no such folder; give the folder of a packed checkpoint")
     if not (path / _MANIFEST).is_file():
@@ -214,14 +239,14 @@ def load(path: str | os.PathLike) -> Checkpoint:
     Raises:
       BitnetError: naming the file or leaf that is missing, truncated or changed.
     """
-    path = Path(os.path.abspath(path))
+    path = _present(path)
     ours = read_manifest(path)
     for name, crc in ours["files"].items():
         _check_file(path / name, crc)
     files = {name: (path / name).read_bytes() for name in ours["extra"]}
     try:
         with _quiet():
-            stored = ocp.load(path / "weights", _on_default_device(path / "weights"))
+            stored = _load_weights(str(path / "weights"))
     except Exception as e:
         raise BitnetError(f"{path}/weights: cannot be read; restore it from a copy") from e
     empty = {n: np.zeros(shape, dtype) for n, (dtype, shape) in ours["empty"].items()}
@@ -237,13 +262,14 @@ def load(path: str | os.PathLike) -> Checkpoint:
     return Checkpoint(_rebuild(stored, ours["ternary"]), ours["metadata"], files)
 
 
-def _on_default_device(path: Path) -> Tree:
-    """What lies on disk, placed on one device here, whatever mesh it was saved from."""
+def _load_weights(path: str) -> Tree:
+    """Orbax's part, placed on one device here, whatever mesh it was saved from."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
+    target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         ocp.metadata(path).metadata,
     )
+    return ocp.load(path, target)
 
 
 def _check_file(path: Path, crc: int) -> None:
@@ -259,7 +285,8 @@ def _rebuild(tree: Tree, ternary: dict[str, dict]) -> Tree:
     """Dicts of codes and scale back to ternary leaves, by their paths."""
 
     def is_leaf_dict(x):
-        return isinstance(x, dict) and set(x) == {"codes", "scale"}
+        arrays = isinstance(x, dict) and all(hasattr(v, "dtype") for v in x.values())
+        return arrays and set(x) == {"codes", "scale"}
 
     def one(path, x):
         statics = dict(ternary.get(path_name(path), {}))

@@ -106,7 +106,11 @@ class Report:
     @property
     def codes(self) -> tuple[int, int, int]:
         """How many codes are -1, 0 and +1 in all."""
-        return tuple(sum(getattr(x, k) for x in self.leaves) for k in ("minus", "zeros", "plus"))
+        return (
+            sum(x.minus for x in self.leaves),
+            sum(x.zeros for x in self.leaves),
+            sum(x.plus for x in self.leaves),
+        )
 
     def as_dict(self) -> dict:
         """Plain data for JSON: totals, leaves and unmatched paths."""
@@ -130,6 +134,8 @@ class Converted:
 
 def path_name(path: tuple) -> str:
     """A leaf's path as text, ``layer_0/mlp/up/kernel``, without Flax's ``params/`` in front."""
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # Flax's boxes
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("params/")
 
 
@@ -235,8 +241,8 @@ def _leaf_report(path: str, x: jax.Array, y: Any, policy: Policy) -> LeafReport:
         return LeafReport(path, x.shape, str(y.dtype), x.nbytes, y.nbytes, note=note)
     codes = np.asarray(unpack_weight(y).codes if isinstance(y, PackedTernary) else y.codes)
     size = y.codes.nbytes + y.scale.nbytes
-    counts = [int((codes == v).sum()) for v in (-1, 0, 1)]
-    return LeafReport(path, x.shape, "ternary", x.nbytes, size, *counts)
+    minus, zeros, plus = (int((codes == v).sum()) for v in (-1, 0, 1))
+    return LeafReport(path, x.shape, "ternary", x.nbytes, size, minus, zeros, plus)
 
 
 def convert(params: Tree, policy: Policy = Policy(), scheme: Scheme = Scheme()) -> Converted:

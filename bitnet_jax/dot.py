@@ -162,7 +162,7 @@ def dot_general(
     if x.shape[-1] != weight.shape[-2]:
         raise ValueError(f"lhs contracts {x.shape[-1]} features, rhs {weight.shape[-2]}")
     dtype = jnp.dtype(preferred_element_type or lhs.dtype)
-    y = _product(x, latent, weight, len(lhs_batch), dtype, precision)
+    y = jnp.asarray(_product(x, latent, weight, len(lhs_batch), dtype, precision))
     y = y.reshape(*y.shape[:-1], *out) if len(out) != 1 else y
     return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 

@@ -1,0 +1,78 @@
+"""What is in a packed checkpoint: every leaf, its bytes, its codes; every checksum verified."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import RenderableType
+
+from . import checkpoint
+from .convert import path_name
+from .packed import PackedTernary, is_ternary, unpack_weight
+from .report import leaf_table
+
+
+def inspect(path: Path) -> dict:
+    """Load a checkpoint, verifying every checksum, and describe it as plain data.
+
+    Args:
+      path: the checkpoint's folder.
+
+    Returns:
+      ``version``, ``metadata`` (what was saved with it), ``files`` and ``leaves_verified`` (how
+      many checksums held), ``bytes_on_disk``, ``parameters``, ``bits_per_parameter`` (on disk),
+      ``float32_bytes`` (4 a parameter), and ``leaves``: path, shape, format, bytes, and for
+      ternary ones zeros, minus, plus and how many weights share a scale.
+
+    Raises:
+      BitnetError: naming the first file or leaf that is missing or damaged.
+    """
+    manifest = checkpoint.read_manifest(path)
+    stored = checkpoint.load(path)
+    leaves = jax.tree_util.tree_leaves_with_path(stored.tree, is_leaf=is_ternary)
+    rows = [_leaf(path_name(p), x) for p, x in leaves]
+    parameters = sum(int(np.prod(x["shape"])) for x in rows)
+    size = checkpoint.size_on_disk(path)
+    return {
+        "version": manifest["version"],
+        "metadata": stored.metadata,
+        "files_verified": len(manifest["files"]),
+        "leaves_verified": len(manifest["crc32"]),
+        "bytes_on_disk": size,
+        "parameters": parameters,
+        "bits_per_parameter": 8 * size / max(parameters, 1),
+        "float32_bytes": 4 * parameters,
+        "leaves": rows,
+    }
+
+
+def _leaf(path: str, x) -> dict:
+    if not is_ternary(x):
+        row = {"format": str(x.dtype), "bytes": x.nbytes}
+        return {"path": path, "shape": list(x.shape), **row, "minus": 0, "zeros": 0, "plus": 0}
+    weight = unpack_weight(x) if isinstance(x, PackedTernary) else x
+    codes = np.asarray(weight.codes)
+    return {
+        "path": path,
+        "shape": list(x.shape),
+        "format": "ternary, 2 bits" if isinstance(x, PackedTernary) else "ternary, int8",
+        "bytes": x.codes.nbytes + x.scale.nbytes,
+        "minus": int((codes == -1).sum()),
+        "zeros": int((codes == 0).sum()),
+        "plus": int((codes == 1).sum()),
+        "weights_per_scale": codes.size // max(x.scale.size, 1),
+    }
+
+
+def render(result: dict) -> list[RenderableType]:
+    """Tables and lines for a person, from what `inspect` returned."""
+    about = [f"{k}: {v}" for k, v in result["metadata"].items()]
+    return [
+        *about,
+        leaf_table(result["leaves"]),
+        f"{result['parameters']:,} parameters in {result['bytes_on_disk']:,} bytes on disk, "
+        f"{result['bits_per_parameter']:.2f} bits each, "
+        f"{result['float32_bytes'] / result['bytes_on_disk']:.2f}x smaller than float32",
+        f"All checksums hold: {result['files_verified']} files, "
+        f"{result['leaves_verified']} arrays, format version {result['version']}",
+    ]

@@ -1,0 +1,220 @@
+"""A decoder language model of the Llama and BitNet family, float or ternary by one argument."""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..linen import BitDense
+from ..quantize import Scheme
+
+Cache = tuple[dict[str, jax.Array], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder.
+
+    Widths are multiples of 256 by default, so that every packed format can carry them (GGUF's
+    ternary blocks are 256 wide).
+
+    Attributes:
+      vocab_size: number of tokens.
+      width: features of the residual stream.
+      layers: number of blocks.
+      heads, kv_heads: query heads, and key/value heads shared by groups of them.
+      hidden: features inside the MLP.
+      max_length: longest sequence, for the cache; positions are rotary and add no parameters.
+      rope_base: base of the rotary frequencies.
+      norm_eps: epsilon of RMSNorm.
+      activation: ``"silu"`` (SwiGLU, Llama) or ``"relu2"`` (squared ReLU, BitNet 2B-4T).
+      sub_norms: RMSNorm before the two output projections, as in BitNet.
+      tied: the head is the embedding's transpose.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+      ValueError: if heads do not divide width, or kv_heads do not divide heads.
+
+    >>> DecoderConfig(vocab_size=1024).head_dim
+    64
+    """
+
+    vocab_size: int
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    hidden: int = 768
+    max_length: int = 512
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    activation: Literal["silu", "relu2"] = "silu"
+    sub_norms: bool = False
+    tied: bool = True
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.width % self.heads or self.heads % self.kv_heads or self.head_dim % 2:
+            raise ValueError(
+                f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads}: heads must "
+                "divide width into an even number of features, and kv_heads must divide heads"
+            )
+        if self.activation not in ("silu", "relu2"):
+            raise ValueError(f"activation {self.activation!r}: expected 'silu' or 'relu2'")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+def rotary(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotary positions (arXiv 2104.09864), halves rotated as in Llama's checkpoints.
+
+    Args:
+      x: (batch, length, heads, head_dim).
+      positions: (length,) integer positions.
+      base: base of the frequencies, base ** (-2 i / head_dim).
+    """
+    half = x.shape[-1] // 2
+    angles = positions[:, None] * base ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _dense(scheme: Scheme | None):
+    return (
+        functools.partial(nn.Dense, use_bias=False)
+        if scheme is None
+        else functools.partial(BitDense, use_bias=False, scheme=scheme)
+    )
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions; (batch, length, width) to the same."""
+
+    config: DecoderConfig
+    scheme: Scheme | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, start: jax.Array, cache: dict[str, jax.Array] | None = None):
+        c, dense = self.config, _dense(self.scheme)
+        batch, length, _ = x.shape
+        heads = lambda y: y.reshape(batch, length, -1, c.head_dim)
+        query = heads(dense(c.width, name="query")(x))
+        key = heads(dense(c.kv_heads * c.head_dim, name="key")(x))
+        value = heads(dense(c.kv_heads * c.head_dim, name="value")(x))
+        positions = start + jnp.arange(length)
+        query, key = (rotary(y, positions, c.rope_base) for y in (query, key))
+        if cache is not None:
+            at = (0, start, 0, 0)
+            key = jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), at)
+            value = jax.lax.dynamic_update_slice(cache["value"], value.astype(key.dtype), at)
+            cache = {"key": key, "value": value}
+        seen = jnp.arange(key.shape[1]) <= positions[:, None]
+        y = jax.nn.dot_product_attention(query, key, value, mask=seen[None, None])
+        y = y.reshape(batch, length, c.width)
+        if c.sub_norms:
+            y = nn.RMSNorm(c.norm_eps, name="sub_norm")(y)
+        return dense(c.width, name="out")(y), cache
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)): SwiGLU, or squared ReLU; (..., width) to the same."""
+
+    config: DecoderConfig
+    scheme: Scheme | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, dense = self.config, _dense(self.scheme)
+        gate, up = dense(c.hidden, name="gate")(x), dense(c.hidden, name="up")(x)
+        act = nn.silu(gate) if c.activation == "silu" else nn.relu(gate) ** 2
+        y = act * up
+        if c.sub_norms:
+            y = nn.RMSNorm(c.norm_eps, name="sub_norm")(y)
+        return dense(c.width, name="down")(y)
+
+
+class Block(nn.Module):
+    """x += Attention(norm(x)); x += MLP(norm(x))."""
+
+    config: DecoderConfig
+    scheme: Scheme | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, start: jax.Array, cache: dict[str, jax.Array] | None = None):
+        c = self.config
+        y = nn.RMSNorm(c.norm_eps, name="attention_norm")(x)
+        y, cache = Attention(c, self.scheme, name="attention")(y, start, cache)
+        x = x + y
+        y = nn.RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        return x + MLP(c, self.scheme, name="mlp")(y), cache
+
+
+class Decoder(nn.Module):
+    """The language model: tokens to next-token logits.
+
+    Attributes:
+      config: its shape.
+      scheme: None for a float model; a `Scheme` to make every attention and MLP matrix ternary.
+        Both have the same tree, so the parameters of one go into the other.
+
+    >>> config = DecoderConfig(vocab_size=64, layers=1)
+    >>> tokens = jnp.zeros((2, 5), jnp.int32)
+    >>> params = Decoder(config).init(jax.random.key(0), tokens)
+    >>> Decoder(config, Scheme()).apply(params, tokens).shape
+    (2, 5, 64)
+    """
+
+    config: DecoderConfig
+    scheme: Scheme | None = None
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0
+    ) -> Any:
+        """Logits of the next token at every position.
+
+        Args:
+          tokens: int (batch, length).
+          cache: from `empty_cache`, to continue a sequence; or None.
+          start: position of the first token, the number of tokens already in the cache.
+
+        Returns:
+          float32 logits (batch, length, vocab_size); with a cache, (logits, updated cache).
+        """
+        c = self.config
+        embed = nn.Embed(
+            c.vocab_size, c.width, embedding_init=nn.initializers.normal(0.02), name="embed"
+        )
+        x, start = embed(tokens).astype(jnp.float32), jnp.asarray(start)
+        block = nn.remat(Block) if c.remat else Block
+        caches = []
+        for i in range(c.layers):
+            layer = block(c, self.scheme, name=f"layer_{i}")
+            x, updated = layer(x, start, None if cache is None else cache[i])
+            caches.append(updated)
+        x = nn.RMSNorm(c.norm_eps, name="norm")(x)
+        if c.tied:
+            logits = x @ embed.embedding.astype(x.dtype).T
+        else:
+            logits = nn.Dense(c.vocab_size, use_bias=False, name="head")(x)
+        return logits if cache is None else (logits, tuple(caches))
+
+
+def empty_cache(config: DecoderConfig, batch: int, length: int, dtype=jnp.float32) -> Cache:
+    """A key-value cache for ``length`` positions: one dict of (batch, length, kv_heads, head_dim)
+    arrays a layer.
+
+    >>> empty_cache(DecoderConfig(vocab_size=8, layers=1), 2, 16)[0]["key"].shape
+    (2, 16, 2, 64)
+    """
+    shape = (batch, length, config.kv_heads, config.head_dim)
+    return tuple(
+        {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+        for _ in range(config.layers)
+    )

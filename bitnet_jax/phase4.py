@@ -1,0 +1,306 @@
+"""The main job: measure, plan, convert, fine-tune, pack, reload, verify, report."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+from rich.console import Console
+
+from . import checkpoint, report
+from .convert import Policy, check_finite, convert
+from .errors import BitnetError
+from .models.decoder import Decoder, DecoderConfig
+from .models.generate import generate
+from .optim import mugrokfast
+from .quantize import Scheme
+from .train.data import steps_per_epoch
+from .train.evaluate import evaluate
+from .train.loop import Fit, fit
+
+Tree = Any
+TOKENIZER = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the main job may be told.
+
+    Attributes:
+      scheme: how latent weights become ternary. The default, twn per output channel, lost least
+        in our first tries at this budget.
+      policy: which leaves become ternary and what the others are kept in.
+      epochs: passes over the text of fine-tuning through the straight-through estimator.
+      batch: windows of text a step.
+      learning_rate: peak for the ternary model; decays to zero.
+      float_learning_rate: peak for the float model that is continued beside it.
+      weight_decay: of the matrices.
+      compare: also continue the float model on the same tokens, the honest yardstick.
+      seed: fixes the order of the text and the sampling.
+    """
+
+    scheme: Scheme = Scheme("twn", "channel")
+    policy: Policy = Policy()
+    epochs: int = 3
+    batch: int = 16
+    learning_rate: float = 3e-3
+    float_learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    compare: bool = True
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """A float language model with what it needs to read and write text.
+
+    Attributes:
+      config: shape of its `Decoder`.
+      params: its variables, float.
+      tokenizer: text to tokens and back.
+    """
+
+    config: DecoderConfig
+    params: Tree
+    tokenizer: tokenizers.Tokenizer
+
+
+def fine_tuner(settings: Settings, rate: float, steps: int) -> optax.GradientTransformation:
+    """MuGrokfast with a short warm-up and a cosine to zero."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(steps // 20, 1), max(steps, 2))
+    return mugrokfast(schedule, weight_decay=settings.weight_decay)
+
+
+def run(
+    source: Language,
+    text: np.ndarray,
+    held_out: np.ndarray,
+    out: Path,
+    settings: Settings = Settings(),
+    prompt: str = "def ",
+    console: Console | None = None,
+    history: list[dict] | None = None,
+) -> dict:
+    """Turn a float language model into a packed ternary one, and say what that cost.
+
+    Args:
+      source: the float model.
+      text: windows (n, length + 1) of tokens to fine-tune on.
+      held_out: windows to measure on, of documents the model never trains on.
+      out: an existing folder; gets ``packed/``, ``float32/``, ``metrics.jsonl``, the report.
+      settings: see `Settings`.
+      prompt: what the sample of generated text continues.
+      console: where progress is shown; None for silence.
+      history: entries of an earlier training, to be drawn in the same curves.
+
+    Returns:
+      The report as plain data; `bitnet_jax.report` documents its keys. The same is in
+      ``out/report.json``.
+
+    Raises:
+      BitnetError: for weights with NaN or infinity, text too short for one batch, a loss that
+        diverges, or files that cannot be written.
+    """
+    say = (console or Console(quiet=True)).print
+    started = time.perf_counter()
+    check_finite(source.params)
+    steps_per_epoch(text, settings.batch)
+    float_model = Decoder(source.config)
+    ternary_model = Decoder(source.config, settings.scheme)
+
+    say("[bold]1 measure[/] the float model on held-out text")
+    scores = {"float": evaluate(float_model, source.params, held_out, settings.batch)}
+
+    say("[bold]2 plan and convert[/]")
+    first = convert(source.params, settings.policy, settings.scheme)
+    say(report.plan_table(first.report))
+    scores["converted"] = evaluate(ternary_model, first.tree, held_out, settings.batch)
+
+    say(f"[bold]3 fine-tune[/], {settings.epochs} epochs through the straight-through estimator")
+    tuned, continued = _fine_tune(source, text, held_out, out, settings, console)
+    if continued is not None:
+        scores["float_continued"] = evaluate(
+            float_model, continued.params, held_out, settings.batch
+        )
+    scores["fine_tuned"] = evaluate(ternary_model, tuned.params, held_out, settings.batch)
+
+    say("[bold]4 pack, reload, verify[/]")
+    packed = convert(tuned.params, settings.policy, settings.scheme)
+    save(out / "packed", source, packed.tree, settings)
+    checkpoint.save(out / "float32", jax.tree.map(_float32, source.params))
+    config, reloaded, _ = load(out / "packed")
+    same = _same_logits(Decoder(config, settings.scheme), packed.tree, reloaded, held_out)
+    scores["packed"] = evaluate(ternary_model, reloaded, held_out, settings.batch)
+
+    result = {
+        "scheme": dataclasses.asdict(settings.scheme),
+        "epochs": settings.epochs,
+        "tokens": {
+            "fine_tuning": int(tuned.history[-1]["step"] if tuned.history else 0)
+            * settings.batch
+            * (text.shape[1] - 1),
+            "held_out": scores["float"]["tokens"],
+        },
+        "scores": scores,
+        **_accuracy_loss(scores),
+        "packed_equals_memory": same,
+        **_sizes(out),
+        "conversion": packed.report.as_dict(),
+        "sample": sample(ternary_model, reloaded, source.tokenizer, prompt, seed=settings.seed),
+        "seconds": {
+            "fine_tuning": round(tuned.seconds, 1),
+            "float_continued": round(continued.seconds, 1) if continued else 0.0,
+            "job": round(time.perf_counter() - started, 1),
+        },
+    }
+    if not same:
+        raise BitnetError(f"{out / 'packed'}: reloaded, it gives other logits than in memory")
+    curves = (history or []) + tuned.history + (continued.history if continued else [])
+    report.write(out, result, curves, tuned.params, reloaded)
+    return result
+
+
+def _fine_tune(
+    source: Language,
+    text: np.ndarray,
+    held_out: np.ndarray,
+    out: Path,
+    settings: Settings,
+    console: Console | None,
+) -> tuple[Fit, Fit | None]:
+    """The ternary model and, to compare, the float one, on the same tokens in the same order."""
+    steps = len(text) // settings.batch * settings.epochs
+    common: dict[str, Any] = {
+        "epochs": settings.epochs,
+        "batch": settings.batch,
+        "seed": settings.seed,
+        "held_out": held_out,
+        "log": out / "metrics.jsonl",
+        "console": console,
+    }
+    tuned = fit(
+        Decoder(source.config, settings.scheme),
+        source.params,
+        fine_tuner(settings, settings.learning_rate, steps),
+        text,
+        stage="fine-tune ternary",
+        keep=out / "latent",
+        **common,
+    )
+    if not settings.compare:
+        return tuned, None
+    continued = fit(
+        Decoder(source.config),
+        source.params,
+        fine_tuner(settings, settings.float_learning_rate, steps),
+        text,
+        stage="continue float",
+        **common,
+    )
+    return tuned, continued
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _accuracy_loss(scores: dict[str, dict]) -> dict[str, float]:
+    """1 - accuracy of the packed model over that of a float one, for both yardsticks."""
+    accuracy = {k: v["accuracy"] for k, v in scores.items()}
+    yardstick = accuracy.get("float_continued", accuracy["float"])
+    if not (yardstick and accuracy["float"]):
+        raise BitnetError("the float model guesses no token right; train it before converting it")
+    return {
+        "relative_accuracy_loss": 1 - accuracy["packed"] / yardstick,
+        "relative_accuracy_loss_to_source": 1 - accuracy["packed"] / accuracy["float"],
+        "relative_accuracy_loss_unturned": 1 - accuracy["converted"] / accuracy["float"],
+    }
+
+
+def _sizes(out: Path) -> dict:
+    """Bytes on disk of the float32 and the packed folder, everything counted, and their ratio."""
+    packed, full = (checkpoint.size_on_disk(out / name) for name in ("packed", "float32"))
+    return {
+        "bytes_on_disk": {"float32": full, "packed": packed},
+        "ratio_on_disk": full / packed,
+    }
+
+
+def _same_logits(model: Decoder, a: Tree, b: Tree, held_out: np.ndarray) -> bool:
+    """Whether two trees give the same logits, bit for bit, on a batch of held-out text."""
+    logits = jax.jit(model.apply)
+    x, y = (np.asarray(logits(tree, held_out[:4, :-1])) for tree in (a, b))
+    return bool((x.view(np.int32) == y.view(np.int32)).all())
+
+
+def save(path: Path, source: Language, tree: Tree, settings: Settings) -> None:
+    """Write a packed model: weights, its shape and scheme, and the tokenizer."""
+    metadata = {
+        "model": "decoder",
+        "config": dataclasses.asdict(source.config),
+        "scheme": dataclasses.asdict(settings.scheme),
+    }
+    files = {TOKENIZER: source.tokenizer.to_str().encode()}
+    checkpoint.save(path, tree, metadata, files)
+
+
+def load(path: Path) -> tuple[DecoderConfig, Tree, tokenizers.Tokenizer]:
+    """Read a packed model back: its shape, its variables, its tokenizer.
+
+    Raises:
+      BitnetError: if the folder is damaged or holds no decoder.
+    """
+    stored = checkpoint.load(path)
+    if stored.metadata.get("model") != "decoder" or TOKENIZER not in stored.files:
+        raise BitnetError(f"{path}: holds no decoder with its tokenizer")
+    config = DecoderConfig(**stored.metadata["config"])
+    return config, stored.tree, tokenizers.Tokenizer.from_str(stored.files[TOKENIZER].decode())
+
+
+def sample(
+    model: Decoder,
+    params: Tree,
+    tokenizer: tokenizers.Tokenizer,
+    prompt: str,
+    steps: int = 64,
+    temperature: float = 0.7,
+    seed: int = 0,
+) -> str:
+    """The prompt and its continuation as text."""
+    tokens = jnp.asarray([tokenizer.encode(prompt).ids])
+    key = jax.random.key(seed)
+    out = generate(model, params, tokens, steps, key, temperature, 40)
+    return tokenizer.decode(np.asarray(out[0]).tolist())
+
+
+def prepare_output(path: Path) -> Path:
+    """Make a new output folder now, before hours of work could be lost on it.
+
+    Raises:
+      BitnetError: if it exists or cannot be made.
+    """
+    if path.exists():
+        raise BitnetError(f"{path}: exists already; give another folder with --out or remove it")
+    try:
+        path.mkdir(parents=True)
+    except OSError as e:
+        raise BitnetError(f"{path}: cannot be made ({e.strerror}); give another --out") from e
+    return path
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Write plain data as JSON.
+
+    Raises:
+      BitnetError: if the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(data, indent=2) + "\n")
+    except OSError as e:
+        raise BitnetError(f"{path}: cannot be written ({e.strerror})") from e

@@ -1,0 +1,1 @@
+"""Data, losses, the training loop and evaluation."""

@@ -1,0 +1,136 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bitnet_jax
+from bitnet_jax.models.decoder import Decoder, DecoderConfig, empty_cache, rotary
+from bitnet_jax.models.generate import generate
+
+SMALL = DecoderConfig(vocab_size=48, width=64, layers=2, heads=4, kv_heads=2, hidden=96)
+TWN = bitnet_jax.Scheme("twn", "channel")
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 48, (2, 9)))
+VARIANTS = {
+    "silu": {},
+    "relu2 with sub-norms": {"activation": "relu2", "sub_norms": True},
+    "untied": {"tied": False},
+    "one key head": {"kv_heads": 1},
+}
+
+
+def build(scheme=None, **changes):
+    model = Decoder(dataclasses.replace(SMALL, **changes), scheme)
+    return model, model.init(jax.random.key(1), TOKENS)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("scheme", [None, TWN], ids=["float", "ternary"])
+def test_cache_gives_the_logits_of_the_whole_sequence(changes, scheme):
+    model, params = build(scheme, **changes)
+    whole = model.apply(params, TOKENS)
+    cache, parts = empty_cache(model.config, 2, 16), []
+    for start, stop in ((0, 4), (4, 5), (5, 9)):
+        logits, cache = model.apply(params, TOKENS[:, start:stop], cache, start)
+        parts.append(logits)
+    # A ternary layer may round a borderline activation the other way; float sums differ in order.
+    tolerance = 2e-5 if scheme is None else 2e-2
+    spread = float(whole.std())
+    assert float(jnp.abs(jnp.concatenate(parts, 1) - whole).max()) < tolerance * spread
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_no_position_sees_a_later_token(changes):
+    model, params = build(TWN, **changes)
+    changed = TOKENS.at[:, 5].set((TOKENS[:, 5] + 1) % 48)
+    a, b = model.apply(params, TOKENS), model.apply(params, changed)
+    assert (a[:, :5] == b[:, :5]).all()
+    assert (a[:, 5:] != b[:, 5:]).any()
+
+
+def test_float_and_ternary_models_share_one_tree():
+    shapes = [jax.tree.map(jnp.shape, build(s)[1]) for s in (None, TWN)]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_default_policy_makes_every_block_matrix_ternary_and_nothing_else():
+    _, params = build(tied=False)
+    report = bitnet_jax.convert(params).report
+    ternary = [x.path for x in report.leaves if x.format == "ternary"]
+    assert len(ternary) == 2 * 7 and all("attention" in p or "mlp" in p for p in ternary)
+    assert {x.format for x in report.leaves} == {"ternary", "float16"}
+    assert report.unmatched == ()
+
+
+def test_packed_tree_gives_the_logits_of_the_latent_one():
+    model, params = build(TWN)
+    # Only the matrices: the other leaves stay float32, so nothing but codes and scale may differ.
+    packed = bitnet_jax.convert(params, bitnet_jax.Policy((("kernel$", "ternary"),)), TWN).tree
+    a, b = model.apply(params, TOKENS), model.apply(packed, TOKENS)
+    assert float(jnp.abs(a - b).max()) < 2e-2 * float(a.std())
+
+
+def test_remat_changes_memory_not_gradients():
+    def grads(remat):
+        model, params = build(TWN, remat=remat)
+        return jax.grad(lambda p: (model.apply(p, TOKENS) ** 2).mean())(params)
+
+    for a, b in zip(jax.tree.leaves(grads(False)), jax.tree.leaves(grads(True))):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_rotary_keeps_lengths_and_depends_on_distance_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+    products = [
+        float((rotary(q, jnp.array([a]), 1e4) * rotary(k, jnp.array([b]), 1e4)).sum())
+        for a, b in ((3, 1), (12, 10))
+    ]
+    assert products[0] == pytest.approx(products[1], abs=1e-5)
+    length = jnp.linalg.norm(rotary(q, jnp.array([7]), 1e4))
+    assert float(length) == pytest.approx(float(jnp.linalg.norm(q)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"heads": 3}, {"kv_heads": 3}, {"width": 12, "heads": 4}, {"activation": "gelu"}]
+)
+def test_impossible_shapes_are_refused(changes):
+    with pytest.raises(ValueError, match="heads|activation"):
+        dataclasses.replace(SMALL, **changes)
+
+
+def test_greedy_generation_is_argmax_step_by_step():
+    model, params = build()
+    out = generate(model, params, TOKENS, 5)
+    tokens = TOKENS
+    for _ in range(5):
+        tokens = jnp.concatenate([tokens, model.apply(params, tokens)[:, -1:].argmax(-1)], axis=1)
+    assert (out == tokens).all()
+
+
+def test_sampling_follows_its_key_and_top_k_one_is_greedy():
+    model, params = build()
+    draw = lambda seed, k: generate(model, params, TOKENS, 6, jax.random.key(seed), 1.0, k)
+    assert (draw(0, 0) == draw(0, 0)).all()
+    assert (draw(0, 0) != draw(1, 0)).any()
+    assert (draw(0, 1) == generate(model, params, TOKENS, 6)).all()
+
+
+def test_generation_runs_from_packed_weights():
+    model, params = build(TWN)
+    packed = bitnet_jax.convert(params, scheme=TWN).tree
+    assert generate(model, packed, TOKENS[:1], 4).shape == (1, 13)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "message"),
+    [
+        (TOKENS[:, :0], (3,), "empty"),
+        (TOKENS, (600,), "max_length"),
+        (TOKENS, (3, None, 0.5), "key"),
+    ],
+)
+def test_generation_says_what_is_wrong(prompt, arguments, message):
+    model, params = build()
+    with pytest.raises(ValueError, match=message):
+        generate(model, params, prompt, *arguments)
