@@ -110,7 +110,9 @@ def save(
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_ternary)
     # As JAX holds them: float64 from numpy becomes float32 here rather than unnoticed on load.
     plain = jax.tree.map(jnp.asarray, jax.tree.map(_plain, tree, is_leaf=is_ternary))
-    arrays = {path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(plain)}
+    flat = jax.tree_util.tree_leaves_with_path(plain)
+    arrays = {path_name(p): np.asarray(x) for p, x in flat}
+    _check_names(path, len(flat), arrays, files)
     ours = {
         "version": FORMAT_VERSION,
         "ternary": {path_name(p): _statics(x) for p, x in leaves if is_ternary(x)},
@@ -139,6 +141,17 @@ def save(
             f"{path}: could not be saved ({reason}); free disk space or give another folder. "
             "Nothing half-written was left"
         ) from e
+
+
+def _check_names(path: Path, leaves: int, arrays: dict, files: dict[str, bytes]) -> None:
+    """Refuse what could not be told apart, or found again, on load."""
+    if not leaves:
+        raise BitnetError(f"{path}: there is nothing to save, the tree has no leaf")
+    if len(arrays) != leaves:
+        raise BitnetError(f"{path}: two leaves of the tree have the same path; rename one")
+    for name in files:
+        if name in (_MANIFEST, "weights") or Path(name).name != name:
+            raise BitnetError(f"{path}: {name!r} cannot be the name of an extra file")
 
 
 def _files_in(folder: Path) -> list[str]:

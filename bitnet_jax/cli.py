@@ -55,10 +55,10 @@ class Sandbox:
     """Also write the checks and their figures to this file."""
 
     def __call__(self, console: Console) -> dict:
-        from . import sandbox
+        from . import sandbox, sandbox_table
 
         result = sandbox.run()
-        console.print(sandbox.table(result))
+        console.print(sandbox_table.table(result))
         console.print(f"{result['passed']} of {result['total']} checks passed")
         return result
 

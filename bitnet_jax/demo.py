@@ -11,6 +11,7 @@ from rich.console import Console
 
 from . import phase4
 from .models.decoder import Decoder, DecoderConfig
+from .models.folder import ModelFolder
 from .optim import mugrokfast
 from .train import data
 from .train.loop import fit
@@ -44,7 +45,7 @@ class DemoSettings:
 
 def float_model(
     settings: DemoSettings, train: np.ndarray, tokenizer, out: Path, console: Console | None
-) -> tuple[phase4.Language, list[dict]]:
+) -> tuple[ModelFolder, list[dict]]:
     """Train the full-precision model that the main job starts from; its weights and its history."""
     config = dataclasses.replace(settings.config, vocab_size=tokenizer.get_vocab_size())
     model = Decoder(config)
@@ -64,7 +65,7 @@ def float_model(
         log=out / "metrics.jsonl",
         console=console,
     )
-    return phase4.Language(config, fitted.params, tokenizer), fitted.history
+    return ModelFolder(config, None, fitted.params, tokenizer), fitted.history
 
 
 def run(

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -189,7 +189,7 @@ def mugrokfast(
         ),
     )
     rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    parts = {
+    parts: dict[Hashable, optax.GradientTransformation] = {
         "muon": optax.chain(optax.scale(_ABOVE_FLOOR), muon),
         "decay": _adamw(rate, weight_decay),
         "plain": _adamw(rate, 0.0),
@@ -224,7 +224,7 @@ def adamw(
 
 
 def _adamw(rate: optax.ScalarOrSchedule, weight_decay: float, mask: Any = None):
-    """b2 = 0.95, as language models are trained; optax's 0.999 remembers too long for short runs."""
+    """b2 = 0.95, as language models are trained: 0.999 remembers longer than short runs last."""
     return optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=weight_decay, mask=mask)
 
 

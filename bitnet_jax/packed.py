@@ -59,8 +59,9 @@ def pack_codes(codes: jax.Array) -> jax.Array:
     [[164], [84]]
     """
     *lead, size, out = codes.shape
+    rows = -(-size // CODES_PER_BYTE)
     pad = [(0, 0)] * len(lead) + [(0, -size % CODES_PER_BYTE), (0, 0)]
-    quads = (jnp.pad(codes, pad) + 1).astype(jnp.uint8).reshape(*lead, -1, CODES_PER_BYTE, out)
+    quads = (jnp.pad(codes, pad) + 1).astype(jnp.uint8).reshape(*lead, rows, CODES_PER_BYTE, out)
     shifts = jnp.arange(0, 2 * CODES_PER_BYTE, 2, dtype=jnp.uint8)[:, None]
     return (quads << shifts).sum(axis=-2, dtype=jnp.uint8)
 
@@ -71,11 +72,11 @@ def unpack_codes(packed: jax.Array, in_features: int) -> jax.Array:
     >>> unpack_codes(jnp.array([[164], [84]], jnp.uint8), 5)[:, 0].tolist()
     [-1, 0, 1, 1, -1]
     """
-    *lead, _, out = packed.shape
+    *lead, rows, out = packed.shape
     shifts = jnp.arange(0, 2 * CODES_PER_BYTE, 2, dtype=jnp.uint8)[:, None]
     quads = (packed[..., None, :] >> shifts) & jnp.uint8(3)
     codes = quads.astype(jnp.int8) - jnp.int8(1)
-    return codes.reshape(*lead, -1, out)[..., :in_features, :]
+    return codes.reshape(*lead, rows * CODES_PER_BYTE, out)[..., :in_features, :]
 
 
 def pack_weight(weight: Ternary) -> PackedTernary:

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tokenizers
 from rich.console import Console
 
 from . import checkpoint, report
 from .convert import Policy, check_finite, convert
 from .errors import BitnetError
-from .models.decoder import Decoder, DecoderConfig
+from .models.decoder import Decoder
+from .models.folder import ModelFolder, load_model, save_model
 from .models.generate import generate
 from .optim import mugrokfast
 from .quantize import Scheme
@@ -25,7 +25,6 @@ from .train.evaluate import evaluate
 from .train.loop import Fit, fit
 
 Tree = Any
-TOKENIZER = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +55,6 @@ class Settings:
     seed: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Language:
-    """A float language model with what it needs to read and write text.
-
-    Attributes:
-      config: shape of its `Decoder`.
-      params: its variables, float.
-      tokenizer: text to tokens and back.
-    """
-
-    config: DecoderConfig
-    params: Tree
-    tokenizer: tokenizers.Tokenizer
-
-
 def fine_tuner(settings: Settings, rate: float, steps: int) -> optax.GradientTransformation:
     """MuGrokfast with a short warm-up and a cosine to zero."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(steps // 20, 1), max(steps, 2))
@@ -78,7 +62,7 @@ def fine_tuner(settings: Settings, rate: float, steps: int) -> optax.GradientTra
 
 
 def run(
-    source: Language,
+    source: ModelFolder,
     text: np.ndarray,
     held_out: np.ndarray,
     out: Path,
@@ -90,7 +74,7 @@ def run(
     """Turn a float language model into a packed ternary one, and say what that cost.
 
     Args:
-      source: the float model.
+      source: the float model (its ``scheme`` is None).
       text: windows (n, length + 1) of tokens to fine-tune on.
       held_out: windows to measure on, of documents the model never trains on.
       out: an existing folder; gets ``packed/``, ``float32/``, ``metrics.jsonl``, the report.
@@ -132,11 +116,12 @@ def run(
 
     say("[bold]4 pack, reload, verify[/]")
     packed = convert(tuned.params, settings.policy, settings.scheme)
-    save(out / "packed", source, packed.tree, settings)
+    ternary = dataclasses.replace(source, scheme=settings.scheme, params=packed.tree)
+    save_model(out / "packed", ternary)
     checkpoint.save(out / "float32", jax.tree.map(_float32, source.params))
-    config, reloaded, _ = load(out / "packed")
-    same = _same_logits(Decoder(config, settings.scheme), packed.tree, reloaded, held_out)
-    scores["packed"] = evaluate(ternary_model, reloaded, held_out, settings.batch)
+    reloaded = load_model(out / "packed")
+    same = _same_logits(ternary, reloaded, held_out)
+    scores["packed"] = evaluate(reloaded.model, reloaded.params, held_out, settings.batch)
 
     result = {
         "scheme": dataclasses.asdict(settings.scheme),
@@ -152,7 +137,7 @@ def run(
         "packed_equals_memory": same,
         **_sizes(out),
         "conversion": packed.report.as_dict(),
-        "sample": sample(ternary_model, reloaded, source.tokenizer, prompt, seed=settings.seed),
+        "sample": sample(reloaded, prompt, seed=settings.seed),
         "seconds": {
             "fine_tuning": round(tuned.seconds, 1),
             "float_continued": round(continued.seconds, 1) if continued else 0.0,
@@ -162,12 +147,12 @@ def run(
     if not same:
         raise BitnetError(f"{out / 'packed'}: reloaded, it gives other logits than in memory")
     curves = (history or []) + tuned.history + (continued.history if continued else [])
-    report.write(out, result, curves, tuned.params, reloaded)
+    report.write(out, result, curves, tuned.params, reloaded.params)
     return result
 
 
 def _fine_tune(
-    source: Language,
+    source: ModelFolder,
     text: np.ndarray,
     held_out: np.ndarray,
     out: Path,
@@ -232,51 +217,22 @@ def _sizes(out: Path) -> dict:
     }
 
 
-def _same_logits(model: Decoder, a: Tree, b: Tree, held_out: np.ndarray) -> bool:
-    """Whether two trees give the same logits, bit for bit, on a batch of held-out text."""
-    logits = jax.jit(model.apply)
-    x, y = (np.asarray(logits(tree, held_out[:4, :-1])) for tree in (a, b))
+def _same_logits(a: ModelFolder, b: ModelFolder, held_out: np.ndarray) -> bool:
+    """Whether two models give the same logits, bit for bit, on a batch of held-out text."""
+    x, y = (
+        np.asarray(jax.jit(m.model.apply)(m.params, held_out[:4, :-1]), np.float32) for m in (a, b)
+    )
     return bool((x.view(np.int32) == y.view(np.int32)).all())
 
 
-def save(path: Path, source: Language, tree: Tree, settings: Settings) -> None:
-    """Write a packed model: weights, its shape and scheme, and the tokenizer."""
-    metadata = {
-        "model": "decoder",
-        "config": dataclasses.asdict(source.config),
-        "scheme": dataclasses.asdict(settings.scheme),
-    }
-    files = {TOKENIZER: source.tokenizer.to_str().encode()}
-    checkpoint.save(path, tree, metadata, files)
-
-
-def load(path: Path) -> tuple[DecoderConfig, Tree, tokenizers.Tokenizer]:
-    """Read a packed model back: its shape, its variables, its tokenizer.
-
-    Raises:
-      BitnetError: if the folder is damaged or holds no decoder.
-    """
-    stored = checkpoint.load(path)
-    if stored.metadata.get("model") != "decoder" or TOKENIZER not in stored.files:
-        raise BitnetError(f"{path}: holds no decoder with its tokenizer")
-    config = DecoderConfig(**stored.metadata["config"])
-    return config, stored.tree, tokenizers.Tokenizer.from_str(stored.files[TOKENIZER].decode())
-
-
 def sample(
-    model: Decoder,
-    params: Tree,
-    tokenizer: tokenizers.Tokenizer,
-    prompt: str,
-    steps: int = 64,
-    temperature: float = 0.7,
-    seed: int = 0,
+    source: ModelFolder, prompt: str, steps: int = 64, temperature: float = 0.7, seed: int = 0
 ) -> str:
-    """The prompt and its continuation as text."""
-    tokens = jnp.asarray([tokenizer.encode(prompt).ids])
+    """The prompt and its continuation as text, drawn among the 40 likeliest tokens."""
+    tokens = jnp.asarray([source.tokenizer.encode(prompt).ids])
     key = jax.random.key(seed)
-    out = generate(model, params, tokens, steps, key, temperature, 40)
-    return tokenizer.decode(np.asarray(out[0]).tolist())
+    out = generate(source.model, source.params, tokens, steps, key, temperature, 40)
+    return source.tokenizer.decode(np.asarray(out[0]).tolist())
 
 
 def prepare_output(path: Path) -> Path:

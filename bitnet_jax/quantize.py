@@ -107,6 +107,12 @@ def grouped(w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
     return blocks, rows[:, None, None]
 
 
+def _ungrouped(blocks: jax.Array, size: int) -> jax.Array:
+    """Inverse of `grouped`: (..., groups, group, out) -> (..., in, out)."""
+    *lead, groups, group, out = blocks.shape
+    return blocks.reshape(*lead, groups * group, out)[..., :size, :]
+
+
 def quantize_weights(w: jax.Array, scheme: Scheme = Scheme()) -> Ternary:
     """Latent weights to a ternary weight.
 
@@ -140,8 +146,7 @@ def quantize_weights(w: jax.Array, scheme: Scheme = Scheme()) -> Ternary:
             scale = (size * kept).sum(axes, keepdims=True)
             scale = scale / jnp.maximum(kept.sum(axes, keepdims=True), 1.0)
             scale = jnp.maximum(scale, _SMALLEST_SCALE[scheme.rule])
-    codes = codes.reshape(*w.shape[:-2], -1, w.shape[-1])[..., : w.shape[-2], :]
-    return Ternary(codes.astype(jnp.int8), jnp.squeeze(scale, -2), group)
+    return Ternary(_ungrouped(codes, w.shape[-2]).astype(jnp.int8), jnp.squeeze(scale, -2), group)
 
 
 def dequantize(weight: Ternary) -> jax.Array:
@@ -155,8 +160,7 @@ def dequantize(weight: Ternary) -> jax.Array:
     """
     blocks, _ = grouped(weight.codes, weight.group)
     values = blocks.astype(jnp.float32) * weight.scale[..., :, None, :]
-    shape = weight.codes.shape
-    return values.reshape(*shape[:-2], -1, shape[-1])[..., : shape[-2], :]
+    return _ungrouped(values, weight.codes.shape[-2])
 
 
 def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -35,10 +35,10 @@ Tree = Any
 # The steps of the job, in the order a reader meets them.
 _ROWS = {
     "float": "float model",
-    "converted": "ternary, before fine-tuning",
-    "float_continued": "float, continued on the same tokens",
+    "converted": "ternary, untuned",
+    "float_continued": "float, continued",
     "fine_tuned": "ternary, fine-tuned",
-    "packed": "ternary, packed and reloaded",
+    "packed": "ternary, reloaded",
 }
 
 
@@ -56,11 +56,11 @@ def component(path: str) -> str:
 
 
 def plan_table(plan: Report) -> Table:
-    """What every component becomes: parameters, format, bytes before and after, share of zeros."""
+    """What every component becomes: parameters, format, bytes before and after, zeros."""
     table = Table(title="Plan", title_justify="left")
     table.add_column("component")
     table.add_column("format")
-    for name in ("parameters", "bytes before", "bytes after", "ratio", "-1 / 0 / +1 %"):
+    for name in ("parameters", "bytes", "after", "ratio", "zeros %"):
         table.add_column(name, justify="right")
     groups: dict[tuple[str, str], list] = {}
     for leaf in plan.leaves:
@@ -68,8 +68,8 @@ def plan_table(plan: Report) -> Table:
     for (name, format), leaves in groups.items():
         before, after = sum(x.bytes_before for x in leaves), sum(x.bytes_after for x in leaves)
         size = sum(int(np.prod(x.shape)) for x in leaves)
-        codes = [sum(getattr(x, k) for x in leaves) for k in ("minus", "zeros", "plus")]
-        shares = " / ".join(f"{100 * c / sum(codes):.1f}" for c in codes) if sum(codes) else ""
+        zeros = 100 * sum(x.zeros for x in leaves) / size
+        shares = f"{zeros:.1f}" if format == "ternary" else ""
         ratio = f"{before / max(after, 1):.2f}"
         table.add_row(name, format, f"{size:,}", f"{before:,}", f"{after:,}", ratio, shares)
     before, after = plan.bytes_before, plan.bytes_after
@@ -111,7 +111,7 @@ def score_table(result: dict) -> Table:
     """Loss, perplexity and accuracy of the model at every step of the job."""
     table = Table(title="Held-out text", title_justify="left")
     table.add_column("model")
-    for name in ("loss (nats)", "perplexity", "next-token accuracy"):
+    for name in ("loss (nats)", "perplexity", "accuracy"):
         table.add_column(name, justify="right")
     for key, label in _ROWS.items():
         if key in result["scores"]:

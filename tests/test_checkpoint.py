@@ -384,3 +384,18 @@ def test_saved_from_four_devices_loads_on_one(tmp_path):
     assert done.returncode == 0, done.stderr
     leaf = pack_weight(quantize_weights(jnp.arange(128.0).reshape(32, 4) - 64))
     same(load(tmp_path / "model").tree, {"kernel": leaf, "rows": jnp.arange(8.0)})
+
+
+@pytest.mark.parametrize(
+    ("tree", "files", "message"),
+    [
+        ({}, {}, "nothing to save"),
+        ({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, {}, "same path"),
+        ({"a": jnp.ones(2)}, {"manifest.json": b""}, "manifest.json"),
+        ({"a": jnp.ones(2)}, {"../up": b""}, "up"),
+    ],
+)
+def test_what_could_not_be_read_back_is_refused(tmp_path, tree, files, message):
+    with pytest.raises(BitnetError, match=message):
+        save(tmp_path / "x", tree, files=files)
+    assert not list(tmp_path.iterdir())

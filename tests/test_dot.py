@@ -168,7 +168,7 @@ def products(draw):
     return xs, ws, ((xi[nb:], wi[nb:]), (xi[:nb], wi[:nb]))
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     products(),
     st.sampled_from(SCHEMES),
@@ -257,7 +257,7 @@ def test_accumulators_do_not_overflow():
 
 
 @pytest.mark.parametrize("scheme", [Scheme(s, n) for s, n in zip(RULES, SCALES)], ids=name_of)
-@pytest.mark.parametrize("rows", [(4,), (1,), (), (2, 3)], ids=str)
+@pytest.mark.parametrize("rows", [(1,), (), (2, 3)], ids=str)
 def test_packed_equals_latent(scheme, rows):
     """Accumulators are equal to the bit; of the scaling after them XLA may fuse (and so round) a
     multiply-add its own way in each program, once there are groups to sum."""
@@ -271,7 +271,7 @@ def test_packed_equals_latent(scheme, rows):
     same(latent, packed)
 
 
-@pytest.mark.parametrize("scheme", [Scheme("twn", "channel"), Scheme("absmean", 4)], ids=name_of)
+@pytest.mark.parametrize("scheme", [Scheme("absmean", 4)], ids=name_of)
 def test_packed_under_transformations(scheme):
     x, w = normal(10, 3, 4, 10), normal(11, 3, 10, 10)
     leaf = pack(quantize(w, scheme))
@@ -344,7 +344,7 @@ def test_sharded_over_four_devices():
 
 
 @pytest.mark.parametrize("kind", ["latent", "packed"])
-@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.float16])
+@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("w_dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes(kind, x_dtype, w_dtype):
     """The output has x's dtype, each gradient its own input's."""

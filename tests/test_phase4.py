@@ -5,8 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from bitnet_jax import BitnetError, Scheme, checkpoint, demo, phase4, report
+from bitnet_jax import BitnetError, checkpoint, demo, phase4, report
 from bitnet_jax.models.decoder import Decoder, DecoderConfig
+from bitnet_jax.models.folder import ModelFolder, load_model
 from bitnet_jax.models.generate import generate
 from bitnet_jax.train import data
 
@@ -57,9 +58,10 @@ def test_figures_follow_from_what_lies_on_disk(job):
 
 def test_the_packed_folder_is_all_one_needs(job):
     out, result = job
-    config, tree, tokenizer = phase4.load(out / "packed")
-    prompt = np.asarray([tokenizer.encode("def ").ids])
-    tokens = generate(Decoder(config, Scheme("twn", "channel")), tree, prompt, 4)
+    stored = load_model(out / "packed")
+    assert stored.scheme == phase4.Settings().scheme
+    prompt = np.asarray([stored.tokenizer.encode("def ").ids])
+    tokens = generate(stored.model, stored.params, prompt, 4)
     assert tokens.shape == (1, prompt.shape[1] + 4)
     assert result["sample"].startswith("def ")
 
@@ -93,7 +95,7 @@ def language(scale=1.0):
     tokens = np.zeros((1, 8), np.int32)
     params = Decoder(config).init(jax.random.key(0), tokens)
     tokenizer = data.train_tokenizer(["def f(x): return x\n"] * 9, 300)
-    return phase4.Language(config, jax.tree.map(lambda x: x * scale, params), tokenizer)
+    return ModelFolder(config, None, jax.tree.map(lambda x: x * scale, params), tokenizer)
 
 
 WINDOWS = np.random.default_rng(0).integers(0, 300, (8, 17)).astype(np.int32)
@@ -120,7 +122,7 @@ def test_without_comparison_the_source_is_the_yardstick(tmp_path):
 def test_loading_a_checkpoint_that_is_no_decoder_is_told(tmp_path):
     checkpoint.save(tmp_path / "x", {"kernel": np.ones(3)})
     with pytest.raises(BitnetError, match="no decoder"):
-        phase4.load(tmp_path / "x")
+        load_model(tmp_path / "x")
 
 
 def test_components_cover_the_decoder():

@@ -58,20 +58,15 @@ def reference(w, scheme):
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("threshold", ["0.1", "0.05", "0.5"])
 def test_golden_weights(name, threshold):
+    """0.1 is the rule's own threshold."""
     data = golden("weight_quant")
-    weight = quantize(
-        data[f"w/{name}"].T, Scheme("threshold", "channel", threshold=float(threshold))
-    )
+    share = None if threshold == "0.1" else float(threshold)
+    weight = quantize(data[f"w/{name}"].T, Scheme("threshold", "channel", share))
     assert_array_equal(weight.codes.T, data[f"trits/{threshold}/{name}"])
     assert_allclose(weight.scale.T, data[f"scale/{name}"], **F32)
     assert_allclose(values_of(weight).T, data[f"weight_quant/{threshold}/{name}"], **F32)
-
-
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_golden_default_threshold_is_the_sandbox_one(name):
-    data = golden("weight_quant")
-    weight = quantize(data[f"w/{name}"].T, Scheme("threshold", "channel"))
-    assert_allclose(values_of(weight).T, data[f"dequant/{name}"], **F32)
+    if share is None:
+        assert_allclose(values_of(weight).T, data[f"dequant/{name}"], **F32)
 
 
 @pytest.mark.parametrize("name", ["vec_64", "vec_zero_9", "conv_4x3x3x3", "three_d_2x5x7"])
@@ -152,7 +147,7 @@ magnitudes = st.sampled_from([1e-6, 1e-3, 1.0, 1e3])
 seeds = st.integers(0, 10**6)
 
 
-@settings(max_examples=40)
+@settings(max_examples=24)
 @given(matrices, schemes, st.sampled_from(DTYPES), magnitudes, seeds)
 def test_weights_are_codes_and_positive_scales(shape, scheme, dtype, magnitude, seed):
     w = jnp.asarray(np.random.default_rng(seed).standard_normal(shape) * magnitude).astype(dtype)
@@ -178,7 +173,7 @@ def test_twn_scale_is_the_least_squares_one(shape, scale, seed):
         assert_allclose(weight.scale[i, j], best, rtol=1e-6)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(matrices, schemes, st.sampled_from([(2,), (1, 3)]), seeds)
 def test_stacked_matrices_are_quantised_one_by_one(shape, scheme, lead, seed):
     w = np.random.default_rng(seed).standard_normal((*lead, *shape)).astype(np.float32)

@@ -11,7 +11,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from bitnet_jax import BitnetError, Policy, Scheme, checkpoint, convert, sandbox
+from bitnet_jax import BitnetError, Policy, Scheme, checkpoint, convert, sandbox, sandbox_table
 from bitnet_jax.models.mlp import MLP
 
 GOLDEN = Path(__file__).parent / "golden" / "sandbox"
@@ -201,7 +201,7 @@ def test_directory_keeps_the_checkpoints_it_measured(tmp_path):
 def text_of(result):
     console = Console(width=80)
     with console.capture() as captured:
-        console.print(sandbox.table(result))
+        console.print(sandbox_table.table(result))
     return captured.get()
 
 
@@ -211,7 +211,7 @@ def test_table_fits_80_columns_and_shows_every_figure(result):
         assert f"PASS  {name.replace('_', ' ')}" in text
     for check in result["checks"].values():
         for key in check["measured"]:
-            assert sandbox.LABELS[key][0] in text
+            assert sandbox_table.LABELS[key][0] in text
     assert text.count("66,816") == text.count("3.91x") == 2
 
 

@@ -23,7 +23,7 @@ def next_token(
     Returns:
       The scalar loss, and ``{"accuracy": share of positions whose likeliest token was right}``.
     """
-    logits = model.apply(params, batch[:, :-1])
+    logits = jnp.asarray(model.apply(params, batch[:, :-1]))
     targets = batch[:, 1:]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
     return loss, {"accuracy": jnp.mean(logits.argmax(-1) == targets)}
