@@ -24,7 +24,8 @@ class DemoSettings:
     Attributes:
       megabytes: how much of the standard library's source to read.
       vocab_size: tokens of the byte-level BPE.
-      length, batch: tokens a window, windows a step.
+      length: tokens a window.
+      batch, tuning_batch: windows a step, of the float training and of fine-tuning.
       float_steps: steps of the float model's training, one pass over as much text.
       tuning_steps: steps of one epoch of fine-tuning.
       held_out_windows: windows the scores are measured on.
@@ -33,14 +34,15 @@ class DemoSettings:
     """
 
     megabytes: float = 6.0
-    vocab_size: int = 1024
+    vocab_size: int = 512
     length: int = 128
     batch: int = 16
-    float_steps: int = 400
-    tuning_steps: int = 60
+    tuning_batch: int = 8
+    float_steps: int = 300
+    tuning_steps: int = 240
     held_out_windows: int = 400
     learning_rate: float = 8e-3
-    config: DecoderConfig = DecoderConfig(vocab_size=1024, layers=2)
+    config: DecoderConfig = DecoderConfig(vocab_size=512, layers=2, hidden=512)
 
 
 def float_model(
@@ -97,7 +99,7 @@ def run(
     # as a later phase would on text of its own.
     train = train[np.random.default_rng(0).permutation(len(train))]
     cut = settings.float_steps * settings.batch
-    rest = settings.tuning_steps * settings.batch
+    rest = settings.tuning_steps * settings.tuning_batch
     say(
         f"[bold]text[/] {corpus.name}: {len(corpus.train)} files to train on, "
         f"{len(corpus.held_out)} held out"
@@ -105,7 +107,7 @@ def run(
     source, history = float_model(settings, train[:cut], tokenizer, out, console)
     size = sum(x.size for x in jax.tree.leaves(source.params))
     say(f"[bold]float model[/] {size:,} parameters")
-    job = dataclasses.replace(job, batch=settings.batch)
+    job = dataclasses.replace(job, batch=settings.tuning_batch)
     result = phase4.run(
         source, train[cut : cut + rest], held_out, out, job, "def ", console, history
     )

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from .errors import BitnetError
 from .models.decoder import Decoder
 from .models.folder import ModelFolder, load_model, save_model
 from .models.generate import generate
-from .optim import mugrokfast
+from .optim import adamw, mugrokfast
 from .quantize import Scheme
 from .train.data import steps_per_epoch
 from .train.evaluate import evaluate
@@ -37,6 +37,7 @@ class Settings:
       policy: which leaves become ternary and what the others are kept in.
       epochs: passes over the text of fine-tuning through the straight-through estimator.
       batch: windows of text a step.
+      optimizer: AdamW by default: on the demo it came as far a step as Muon, in 0.6 of its time.
       learning_rate: peak for the ternary model; decays to zero.
       float_learning_rate: peak for the float model that is continued beside it.
       weight_decay: of the matrices.
@@ -47,18 +48,20 @@ class Settings:
     scheme: Scheme = Scheme("twn", "channel")
     policy: Policy = Policy()
     epochs: int = 3
-    batch: int = 16
-    learning_rate: float = 3e-3
-    float_learning_rate: float = 2e-3
+    batch: int = 8
+    optimizer: Literal["adamw", "mugrokfast"] = "adamw"
+    learning_rate: float = 2e-3
+    float_learning_rate: float = 1e-3
     weight_decay: float = 0.1
     compare: bool = True
     seed: int = 0
 
 
 def fine_tuner(settings: Settings, rate: float, steps: int) -> optax.GradientTransformation:
-    """MuGrokfast with a short warm-up and a cosine to zero."""
+    """The optimizer of fine-tuning, with a short warm-up and a cosine to zero."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(steps // 20, 1), max(steps, 2))
-    return mugrokfast(schedule, weight_decay=settings.weight_decay)
+    make = {"adamw": adamw, "mugrokfast": mugrokfast}[settings.optimizer]
+    return make(schedule, weight_decay=settings.weight_decay)
 
 
 def run(

@@ -16,6 +16,7 @@ TINY = demo.DemoSettings(
     vocab_size=320,
     length=32,
     batch=4,
+    tuning_batch=4,
     float_steps=6,
     tuning_steps=2,
     held_out_windows=8,
@@ -108,8 +109,8 @@ def test_broken_weights_stop_the_job_before_anything_is_written(tmp_path):
 
 
 def test_text_too_short_for_a_batch_is_told(tmp_path):
-    with pytest.raises(BitnetError, match="fewer than one batch of 16"):
-        phase4.run(language(), WINDOWS, WINDOWS, tmp_path)
+    with pytest.raises(BitnetError, match="fewer than one batch of 9"):
+        phase4.run(language(), WINDOWS, WINDOWS, tmp_path, phase4.Settings(batch=9))
 
 
 def test_without_comparison_the_source_is_the_yardstick(tmp_path):
