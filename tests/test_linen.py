@@ -57,7 +57,7 @@ def packed(variables, **policy):
         {"dtype": jnp.float32, "param_dtype": jnp.float16, "precision": "highest"},
         {"kernel_init": nn.initializers.normal(3), "bias_init": nn.initializers.ones},
     ],
-    ids=str,
+    ids=lambda arguments: " ".join(arguments) or "plain",
 )
 @pytest.mark.parametrize("shape", [(8,), (2, 3, 1, 8)], ids=str)
 def test_drop_in_for_dense(arguments, shape):
