@@ -64,7 +64,7 @@ def size_on_disk(path: str | os.PathLike) -> int:
 
 
 def _plain(node: Any) -> Any:
-    """Ternary leaves to dicts of their arrays; Orbax refuses zero-size arrays, so they go aside."""
+    """A ternary leaf as a dict of its arrays, which is how Orbax gives it back anyway."""
     if is_ternary(node):
         return {"codes": node.codes, "scale": node.scale}
     return node
@@ -106,6 +106,8 @@ def save(
     _put_back(path)
     if path.exists() and not overwrite:
         raise BitnetError(f"{path}: exists already; give another folder or remove it first")
+    if path.exists() and not (path / _MANIFEST).is_file():
+        raise BitnetError(f"{path}: exists and is no checkpoint, so it is not overwritten")
     tree = meta.unbox(tree)
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_ternary)
     # As JAX holds them: float64 from numpy becomes float32 here rather than unnoticed on load.
@@ -121,26 +123,33 @@ def save(
         "extra": sorted(files),
         "metadata": metadata,
     }
+    # Orbax refuses arrays without elements; the manifest remembers them.
     stored = jax.tree.map(lambda x: x if np.size(x) else np.zeros(1, np.uint8), plain)
     room = path.with_name(f".{path.name}.saving-{os.getpid()}")
     try:
         _clear_leftovers(path)
-        room.mkdir(parents=True)
-        for name, data in files.items():
-            (room / name).write_bytes(data)
-        with _quiet():
-            ocp.save(str(room / "weights"), stored)
-        ours["files"] = {n: zlib.crc32((room / n).read_bytes()) for n in _files_in(room)}
-        ours["self"] = zlib.crc32(_text(ours).encode())
-        (room / _MANIFEST).write_text(_text(ours))
+        _fill(room, stored, files, ours)
         _swap(room, path)
     except Exception as e:
         shutil.rmtree(room, ignore_errors=True)
-        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+        reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
         raise BitnetError(
             f"{path}: could not be saved ({reason}); free disk space or give another folder. "
             "Nothing half-written was left"
         ) from e
+
+
+def _fill(room: Path, stored: Tree, files: dict[str, bytes], manifest: dict) -> None:
+    """Write everything into a new folder, the manifest last, with the checksums of the rest."""
+    room.mkdir(parents=True)
+    for name, data in files.items():
+        (room / name).write_bytes(data)
+    with _quiet():
+        ocp.save(str(room / "weights"), stored)
+    written = {n: zlib.crc32((room / n).read_bytes()) for n in _files_in(room)}
+    manifest = {**manifest, "files": written}
+    manifest["self"] = zlib.crc32(_text(manifest).encode())
+    (room / _MANIFEST).write_text(_text(manifest))
 
 
 def _check_names(path: Path, leaves: int, arrays: dict, files: dict[str, bytes]) -> None:
@@ -222,7 +231,9 @@ def read_manifest(path: str | os.PathLike) -> dict:
     if not path.is_dir():
         raise BitnetError(f"{path}: no such folder; give the folder of a packed checkpoint")
     if not (path / _MANIFEST).is_file():
-        raise BitnetError(f"{path}: not a bitnet-jax checkpoint (it has no {_MANIFEST} in it)")
+        inside = ", ".join(sorted(p.parent.name for p in path.glob(f"*/{_MANIFEST}")))
+        hint = f"; inside it these are: {inside}" if inside else ""
+        raise BitnetError(f"{path}: not a bitnet-jax checkpoint (no {_MANIFEST} in it){hint}")
     try:
         ours = json.loads((path / _MANIFEST).read_text())
         version, told = ours["version"], ours.pop("self")

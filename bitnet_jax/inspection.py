@@ -55,7 +55,7 @@ def _leaf(path: str, x) -> dict:
     return {
         "path": path,
         "shape": list(x.shape),
-        "format": "ternary, 2 bits" if isinstance(x, PackedTernary) else "ternary, int8",
+        "format": "ternary" if isinstance(x, PackedTernary) else "ternary-int8",
         "bytes": x.codes.nbytes + x.scale.nbytes,
         "minus": int((codes == -1).sum()),
         "zeros": int((codes == 0).sum()),

@@ -126,13 +126,15 @@ def run(
     same = _same_logits(ternary, reloaded, held_out)
     scores["packed"] = evaluate(reloaded.model, reloaded.params, held_out, settings.batch)
 
+    if not same:
+        raise BitnetError(f"{out / 'packed'}: reloaded, it gives other logits than in memory")
+
+    steps = len(text) // settings.batch * settings.epochs
     result = {
         "scheme": dataclasses.asdict(settings.scheme),
         "epochs": settings.epochs,
         "tokens": {
-            "fine_tuning": int(tuned.history[-1]["step"] if tuned.history else 0)
-            * settings.batch
-            * (text.shape[1] - 1),
+            "fine_tuning": steps * settings.batch * (text.shape[1] - 1),
             "held_out": scores["float"]["tokens"],
         },
         "scores": scores,
@@ -141,17 +143,19 @@ def run(
         **_sizes(out),
         "conversion": packed.report.as_dict(),
         "sample": sample(reloaded, prompt, seed=settings.seed),
-        "seconds": {
-            "fine_tuning": round(tuned.seconds, 1),
-            "float_continued": round(continued.seconds, 1) if continued else 0.0,
-            "job": round(time.perf_counter() - started, 1),
-        },
+        "seconds": _seconds(started, tuned, continued),
     }
-    if not same:
-        raise BitnetError(f"{out / 'packed'}: reloaded, it gives other logits than in memory")
     curves = (history or []) + tuned.history + (continued.history if continued else [])
     report.write(out, result, curves, tuned.params, reloaded.params)
     return result
+
+
+def _seconds(started: float, tuned: Fit, continued: Fit | None) -> dict[str, float]:
+    return {
+        "fine_tuning": round(tuned.seconds, 1),
+        "float_continued": round(continued.seconds, 1) if continued else 0.0,
+        "job": round(time.perf_counter() - started, 1),
+    }
 
 
 def _fine_tune(

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import matplotlib.figure
 import numpy as np
+import rich.box
 from rich.console import Console
 from rich.table import Table
 
@@ -89,9 +90,12 @@ def leaf_table(leaves: list[dict]) -> Table:
         ``bytes`` or both ``bytes_before`` and ``bytes_after``.
     """
     sizes = [k for k in ("bytes", "bytes_before", "bytes_after") if leaves and k in leaves[0]]
-    table = Table(title="Every leaf", title_justify="left")
-    for name in ("leaf", "shape", "format"):
-        table.add_column(name)
+    table = Table(
+        title="Every leaf", title_justify="left", box=rich.box.SIMPLE, padding=(0, 1, 0, 0)
+    )
+    table.add_column("leaf", overflow="fold")
+    table.add_column("shape")
+    table.add_column("format")
     for name in (*(k.replace("_", " ") for k in sizes), "zeros %", "-1 %", "+1 %"):
         table.add_column(name, justify="right")
     for x in leaves:

@@ -399,3 +399,11 @@ def test_what_could_not_be_read_back_is_refused(tmp_path, tree, files, message):
     with pytest.raises(BitnetError, match=message):
         save(tmp_path / "x", tree, files=files)
     assert not list(tmp_path.iterdir())
+
+
+def test_overwrite_spares_a_folder_that_is_no_checkpoint(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(BitnetError, match="no checkpoint"):
+        save(tmp_path / "mine", {"a": jnp.ones(2)}, overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"

@@ -128,6 +128,11 @@ def test_inspect_says_what_is_no_checkpoint(tmp_path, capsys, make, message):
     assert message in line and "thing" in line
 
 
+def test_inspect_points_at_the_checkpoints_inside_a_folder(packed, capsys):
+    assert cli.main(["inspect", str(packed.parent)]) == 1
+    assert complaint(capsys).endswith("inside it these are: model")
+
+
 TINY_DEMO = """
 import sys, {imports}
 from bitnet_jax import cli, demo
