@@ -87,12 +87,16 @@ def run(
     Returns:
       The report of `phase4.run`, with ``parameters``, ``corpus`` and ``seconds.total`` added.
     """
-    say = (console or Console(quiet=True)).print
+    screen = console or Console(quiet=True)
+    say = screen.print
     started = time.perf_counter()
-    corpus = data.standard_library(settings.megabytes)
-    tokenizer = data.train_tokenizer(corpus.train, settings.vocab_size)
-    train = data.windows(data.encode(tokenizer, corpus.train), settings.length, corpus.name)
-    held_out = data.windows(data.encode(tokenizer, corpus.held_out), settings.length, corpus.name)
+    with screen.status("reading the text, training its tokenizer", spinner="line"):
+        corpus = data.standard_library(settings.megabytes)
+        tokenizer = data.train_tokenizer(corpus.train, settings.vocab_size)
+        train, held_out = (
+            data.windows(data.encode(tokenizer, part), settings.length, corpus.name)
+            for part in (corpus.train, corpus.held_out)
+        )
     held_out = held_out[:: max(len(held_out) // settings.held_out_windows, 1)]
     held_out = held_out[: settings.held_out_windows]
     # One draw of the windows: the float model trains on the first part, the main job on the rest,

@@ -1,6 +1,7 @@
 """The main job: measure, plan, convert, fine-tune, pack, reload, verify, report."""
 
 import dataclasses
+import functools
 import json
 import time
 from pathlib import Path
@@ -94,7 +95,8 @@ def run(
       BitnetError: for weights with NaN or infinity, text too short for one batch, a loss that
         diverges, or files that cannot be written.
     """
-    say = (console or Console(quiet=True)).print
+    screen = console or Console(quiet=True)
+    say, busy = screen.print, functools.partial(screen.status, spinner="line")
     started = time.perf_counter()
     check_finite(source.params)
     steps_per_epoch(text, settings.batch)
@@ -102,29 +104,32 @@ def run(
     ternary_model = Decoder(source.config, settings.scheme)
 
     say("[bold]1 measure[/] the float model on held-out text")
-    scores = {"float": evaluate(float_model, source.params, held_out, settings.batch)}
+    with busy("measuring"):
+        scores = {"float": evaluate(float_model, source.params, held_out, settings.batch)}
 
     say("[bold]2 plan and convert[/]")
     first = convert(source.params, settings.policy, settings.scheme)
     say(report.plan_table(first.report))
-    scores["converted"] = evaluate(ternary_model, first.tree, held_out, settings.batch)
+    with busy("measuring"):
+        scores["converted"] = evaluate(ternary_model, first.tree, held_out, settings.batch)
 
     say(f"[bold]3 fine-tune[/], {settings.epochs} epochs through the straight-through estimator")
     tuned, continued = _fine_tune(source, text, held_out, out, settings, console)
-    if continued is not None:
-        scores["float_continued"] = evaluate(
-            float_model, continued.params, held_out, settings.batch
-        )
-    scores["fine_tuned"] = evaluate(ternary_model, tuned.params, held_out, settings.batch)
+    for name, fitted in (("float_continued", continued), ("fine_tuned", tuned)):
+        model = ternary_model if fitted is tuned else float_model
+        if fitted is not None:
+            with busy("measuring"):
+                scores[name] = evaluate(model, fitted.params, held_out, settings.batch)
 
     say("[bold]4 pack, reload, verify[/]")
-    packed = convert(tuned.params, settings.policy, settings.scheme)
-    ternary = dataclasses.replace(source, scheme=settings.scheme, params=packed.tree)
-    save_model(out / "packed", ternary)
-    checkpoint.save(out / "float32", jax.tree.map(_float32, source.params))
-    reloaded = load_model(out / "packed")
-    same = _same_logits(ternary, reloaded, held_out)
-    scores["packed"] = evaluate(reloaded.model, reloaded.params, held_out, settings.batch)
+    with busy("packing and measuring"):
+        packed = convert(tuned.params, settings.policy, settings.scheme)
+        ternary = dataclasses.replace(source, scheme=settings.scheme, params=packed.tree)
+        save_model(out / "packed", ternary)
+        checkpoint.save(out / "float32", jax.tree.map(_float32, source.params))
+        reloaded = load_model(out / "packed")
+        same = _same_logits(ternary, reloaded, held_out)
+        scores["packed"] = evaluate(reloaded.model, reloaded.params, held_out, settings.batch)
 
     if not same:
         raise BitnetError(f"{out / 'packed'}: reloaded, it gives other logits than in memory")
