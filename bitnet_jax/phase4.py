@@ -14,7 +14,7 @@ import optax
 from rich.console import Console
 
 from . import checkpoint, report
-from .convert import Policy, check_finite, convert
+from .convert import Policy, Report, check_finite, convert
 from .errors import BitnetError
 from .models.decoder import Decoder
 from .models.folder import ModelFolder, load_model, save_model
@@ -123,16 +123,8 @@ def run(
 
     say("[bold]4 pack, reload, verify[/]")
     with busy("packing and measuring"):
-        packed = convert(tuned.params, settings.policy, settings.scheme)
-        ternary = dataclasses.replace(source, scheme=settings.scheme, params=packed.tree)
-        save_model(out / "packed", ternary)
-        checkpoint.save(out / "float32", jax.tree.map(_float32, source.params))
-        reloaded = load_model(out / "packed")
-        same = _same_logits(ternary, reloaded, held_out)
+        conversion, reloaded, same = _pack(source, tuned.params, held_out, out, settings)
         scores["packed"] = evaluate(reloaded.model, reloaded.params, held_out, settings.batch)
-
-    if not same:
-        raise BitnetError(f"{out / 'packed'}: reloaded, it gives other logits than in memory")
 
     steps = len(text) // settings.batch * settings.epochs
     result = {
@@ -146,13 +138,31 @@ def run(
         **_accuracy_loss(scores),
         "packed_equals_memory": same,
         **_sizes(out),
-        "conversion": packed.report.as_dict(),
+        "conversion": conversion.as_dict(),
         "sample": sample(reloaded, prompt, seed=settings.seed),
         "seconds": _seconds(started, tuned, continued),
     }
     curves = (history or []) + tuned.history + (continued.history if continued else [])
     report.write(out, result, curves, tuned.params, reloaded.params)
     return result
+
+
+def _pack(
+    source: ModelFolder, latent: Tree, held_out: np.ndarray, out: Path, settings: Settings
+) -> tuple[Report, ModelFolder, bool]:
+    """Pack and save the tuned model, and the source in float32 beside it; reload and compare.
+
+    Returns:
+      What became of every leaf, the model as reloaded, and whether its logits are the same.
+    """
+    packed = convert(latent, settings.policy, settings.scheme)
+    ternary = dataclasses.replace(source, scheme=settings.scheme, params=packed.tree)
+    save_model(out / "packed", ternary)
+    checkpoint.save(out / "float32", jax.tree.map(_float32, source.params))
+    reloaded = load_model(out / "packed")
+    if not (same := _same_logits(ternary, reloaded, held_out)):
+        raise BitnetError(f"{out / 'packed'}: reloaded, it gives other logits than in memory")
+    return packed.report, reloaded, same
 
 
 def _seconds(started: float, tuned: Fit, continued: Fit | None) -> dict[str, float]:
