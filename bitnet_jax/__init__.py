@@ -1,5 +1,6 @@
 """1.58-bit (ternary) networks in JAX: train, convert, pack and run them."""
 
+from . import nnx as nnx
 from .convert import Policy as Policy
 from .convert import convert as convert
 from .convert import dequantise as dequantise
@@ -9,11 +10,16 @@ from .convert import unpack as unpack
 from .dot import dot_general as dot_general
 from .dot import with_scheme as with_scheme
 from .errors import BitnetError as BitnetError
+from .leaf import PackedInt4 as PackedInt4
+from .leaf import PackedInt8 as PackedInt8
+from .leaf import PackedTernary as PackedTernary
+from .leaf import Ternary as Ternary
+from .leaf import is_quantized as is_quantized
 from .linen import BitDense as BitDense
-from .packed import PackedTernary as PackedTernary
-from .packed import is_ternary as is_ternary
+from .linen import BitDenseGeneral as BitDenseGeneral
+from .linen import BitEmbed as BitEmbed
+from .nnx import BitLinear as BitLinear
 from .quantize import Scheme as Scheme
-from .quantize import Ternary as Ternary
 from .quantize import dequantize as dequantize
 from .quantize import quantize_activations as quantize_activations
 from .quantize import quantize_weights as quantize_weights

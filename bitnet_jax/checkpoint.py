@@ -19,19 +19,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flax.core import meta
 from orbax.checkpoint import v1 as ocp
 
 from .convert import path_name
 from .errors import BitnetError
-from .packed import PackedTernary, is_ternary
-from .quantize import Ternary
+from .leaf import PACKED, Packed, Quantized, is_quantized
+from .nnx import variables
 
 Tree = Any
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
-_KINDS = {"packed": PackedTernary, "ternary": Ternary}
+# What the manifest calls each kind of leaf: "packed" is the ternary one.
+_NAMES: dict[type, str] = {kind.unpacked: kind.unpacked.__name__.lower() for kind in PACKED}
+_NAMES |= {kind: f"packed-{_NAMES[kind.unpacked]}".removesuffix("-ternary") for kind in PACKED}
+_KINDS = {name: kind for kind, name in _NAMES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +68,17 @@ def size_on_disk(path: str | os.PathLike) -> int:
 
 
 def _plain(node: Any) -> Any:
-    """A ternary leaf as a dict of its arrays, which is how Orbax gives it back anyway."""
-    if is_ternary(node):
+    """A quantised leaf as a dict of its arrays, which is how Orbax gives it back anyway."""
+    if is_quantized(node):
         return {"codes": node.codes, "scale": node.scale}
     return node
 
 
-def _statics(leaf: Any) -> dict:
-    kind = "packed" if isinstance(leaf, PackedTernary) else "ternary"
-    extra = {"in_features": leaf.in_features} if kind == "packed" else {}
-    return {"kind": kind, "group": leaf.group, **extra}
+def _statics(leaf: Quantized | Packed) -> dict:
+    extra = {"in_features": leaf.in_features} if isinstance(leaf, Packed) else {}
+    axes = {"in_shape": leaf.in_shape, "out_shape": leaf.out_shape}
+    axes = {name: list(shape) for name, shape in axes.items() if shape}
+    return {"kind": _NAMES[type(leaf)], "group": leaf.group, **extra, **axes}
 
 
 def _text(data: Any) -> str:
@@ -87,14 +92,16 @@ def save(
     files: dict[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a tree of arrays and ternary leaves to a new folder, all or nothing.
+    """Write a tree of arrays and quantised leaves to a new folder, all or nothing.
 
     Everything is written to a hidden folder beside ``path`` and renamed when complete: a kill or
     a full disk leaves no half checkpoint, and an old one untouched.
 
     Args:
       path: the folder to make.
-      tree: nested dicts of arrays, `Ternary` and `PackedTernary` leaves; Flax's boxes are removed.
+      tree: nested dicts of arrays and quantised leaves, Flax's boxes removed; or an NNX module or
+        its `flax.nnx.State`, written as `bitnet_jax.nnx.variables` lays it out: as Linen's
+        variables, so that there is one layout on disk.
       metadata: plain data kept with it, JSON-able.
       files: small extra files by name, kept beside the weights and checksummed like them.
       overwrite: replace an existing checkpoint (the old one goes only when the new is complete).
@@ -108,16 +115,16 @@ def save(
         raise BitnetError(f"{path}: exists already; give another folder or remove it first")
     if path.exists() and not (path / _MANIFEST).is_file():
         raise BitnetError(f"{path}: exists and is no checkpoint, so it is not overwritten")
-    tree = meta.unbox(tree)
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_ternary)
+    tree = variables(tree) if isinstance(tree, nnx.Module | nnx.State) else meta.unbox(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
     # As JAX holds them: float64 from numpy becomes float32 here rather than unnoticed on load.
-    plain = jax.tree.map(jnp.asarray, jax.tree.map(_plain, tree, is_leaf=is_ternary))
+    plain = jax.tree.map(jnp.asarray, jax.tree.map(_plain, tree, is_leaf=is_quantized))
     flat = jax.tree_util.tree_leaves_with_path(plain)
     arrays = {path_name(p): np.asarray(x) for p, x in flat}
     _check_names(path, len(flat), arrays, files)
     ours = {
         "version": FORMAT_VERSION,
-        "ternary": {path_name(p): _statics(x) for p, x in leaves if is_ternary(x)},
+        "ternary": {path_name(p): _statics(x) for p, x in leaves if is_quantized(x)},
         "crc32": {name: crc32(x) for name, x in arrays.items()},
         "empty": {n: [x.dtype.name, list(x.shape)] for n, x in arrays.items() if not x.size},
         "extra": sorted(files),
@@ -314,6 +321,7 @@ def _rebuild(tree: Tree, ternary: dict[str, dict]) -> Tree:
 
     def one(path, x):
         statics = dict(ternary.get(path_name(path), {}))
+        statics |= {k: tuple(v) for k, v in statics.items() if isinstance(v, list)}
         return _KINDS[statics.pop("kind")](**x, **statics) if statics else x
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_leaf_dict)

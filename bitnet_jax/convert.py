@@ -1,6 +1,7 @@
 """Parameter tree in, parameter tree out: which leaves become ternary, and what became of each."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import BitnetError
-from .packed import PackedTernary, is_ternary, pack_weight, unpack_weight
-from .quantize import Scheme, Ternary, dequantize, quantize_weights
+from .leaf import Packed, PackedTernary, Prequantized, Quantized, Ternary, is_quantized
+from .packed import pack_weight, unpack_weight
+from .quantize import Scheme, dequantize, quantize_weights
 
 Tree = Any
 
-FORMATS = ("ternary", "ternary-stack", "float32", "float16", "bfloat16")
+FLOATS = ("float32", "float16", "bfloat16")
+FORMATS = ("ternary", "ternary-stack", "int8", "int4", *FLOATS)
+# One scale for 32 inputs keeps an outlier among 4-bit weights from flattening a whole column.
+_INT4_GROUP = 32
 
 # What the Phase 4 seed asks for: embeddings, head, norms and biases stay in float16, attention and
 # MLP matrices become ternary. In Flax a matrix that multiplies is always called `kernel`.
@@ -35,8 +40,13 @@ class Policy:
     Args:
       rules: pairs (pattern, format), tried in order on the leaf's path (``layer_0/mlp/up/kernel``)
         with `re.search`; the first that matches decides. Formats: ``"ternary"`` for a matrix
-        (in, out); ``"ternary-stack"`` for matrices (..., in, out) stacked by scan; or the float
-        dtype to keep, ``"float32"``, ``"float16"``, ``"bfloat16"``.
+        (in, out); ``"ternary-stack"`` for matrices (..., in, out) stacked by scan; ``"int8"`` (one
+        scale an output) and ``"int4"`` (one for 32 inputs of an output), with one scale a row
+        for embedding tables; or the float dtype to keep, ``"float32"``, ``"float16"``,
+        ``"bfloat16"``.
+      inputs: pairs (pattern, number of leading axes that are inputs), for kernels with more than
+        two axes: 1 for an attention's query (in, heads, head_dim), 2 for its out (heads, head_dim,
+        out). Their axes look like a stack's, so they are not guessed.
 
     A leaf that no rule matches is kept unchanged; if it has two axes or more it is listed in
     `Report.unmatched`, so that no matrix stays large without a word.
@@ -51,19 +61,33 @@ class Policy:
     """
 
     rules: tuple[tuple[str, str], ...] = DEFAULT_RULES
+    inputs: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self):
         for pattern, format in self.rules:
             if format not in FORMATS:
                 raise ValueError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise ValueError(f"pattern {pattern!r}: {e}") from None
+            _check_pattern(pattern)
+        for pattern, count in self.inputs:
+            if not count > 0:
+                raise ValueError(f"inputs of {pattern!r}: expected 1 or more axes, got {count}")
+            _check_pattern(pattern)
 
     def format_of(self, path: str) -> str | None:
         """The format the first matching rule gives this path, or None."""
         return next((f for pattern, f in self.rules if re.search(pattern, path)), None)
+
+    def inputs_of(self, path: str, ndim: int) -> int | None:
+        """How many leading axes of a kernel are inputs, None if that is not known."""
+        known = (n for pattern, n in self.inputs if re.search(pattern, path))
+        return next(known, 1 if ndim == 2 else None)
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise ValueError(f"pattern {pattern!r}: {e}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,25 +180,67 @@ def _place(path: str, x: jax.Array, policy: Policy) -> tuple[str | None, str]:
     format = policy.format_of(path)
     if format is None:
         return None, "no rule matches"
-    if format == "ternary" and x.ndim != 2:
-        return None, f"has {x.ndim} axes; the ternary rule takes 2 (stacks: 'ternary-stack')"
     if format == "ternary-stack" and x.ndim < 2:
         return None, f"has {x.ndim} axes; 'ternary-stack' takes 2 or more"
+    if format in ("ternary", "int8", "int4"):
+        inputs = policy.inputs_of(path, x.ndim)
+        if inputs is None or not inputs < x.ndim:
+            return None, (
+                f"has {x.ndim} axes; say in Policy(inputs=...) how many are inputs "
+                "(or 'ternary-stack')"
+            )
     if format == "float16" and float(jnp.abs(x).max(initial=0)) > float(jnp.finfo("float16").max):
         return None, "outgrows float16"
     return format, ""
 
 
-def ternarise(params: Tree, policy: Policy = Policy(), scheme: Scheme = Scheme()) -> Tree:
-    """Latent weights to `Ternary` leaves where the policy says so; the other leaves are cast.
+def _scheme_of(format: str, path: str, scheme: Scheme) -> Scheme:
+    """The scheme of a format: the caller's for ternary ones; tables have a scale a row."""
+    if format.startswith("ternary"):
+        return scheme
+    if path.rsplit("/", 1)[-1] == "embedding":
+        return Scheme(format, "row")  # pyright: ignore[reportArgumentType]
+    return Scheme("int8", "channel") if format == "int8" else Scheme("int4", _INT4_GROUP)
+
+
+def quantize_kernel(w: jax.Array, scheme: Scheme, inputs: int | None = None) -> Quantized:
+    """Quantise a kernel of any number of axes, as the matrix (inputs, outputs) that it is.
 
     Args:
-      params: tree of float arrays, as Flax's ``init`` returns it (with or without ``params``).
+      w: latent weights; without ``inputs`` (..., in, out), with leading axes a stack.
+      scheme: how they become codes and scale.
+      inputs: number of leading axes that are inputs; the rest are outputs.
+
+    >>> quantize_kernel(jnp.ones((8, 2, 4)), Scheme(), inputs=1).codes.shape
+    (8, 8)
+    """
+    if inputs is None:
+        return quantize_weights(w, scheme)
+    ins, outs = w.shape[:inputs], w.shape[inputs:]
+    weight = quantize_weights(w.reshape(math.prod(ins), math.prod(outs)), scheme)
+    several = lambda shape: shape if len(shape) > 1 else ()
+    return dataclasses.replace(weight, in_shape=several(ins), out_shape=several(outs))
+
+
+def _kernel(x: jax.Array, path: str, format: str, policy: Policy, scheme: Scheme) -> Quantized:
+    inputs = None if format == "ternary-stack" else policy.inputs_of(path, x.ndim)
+    return _quantize_kernel(x, _scheme_of(format, path, scheme), inputs)
+
+
+_quantize_kernel = jax.jit(quantize_kernel, static_argnums=(1, 2))
+
+
+def ternarise(params: Tree, policy: Policy = Policy(), scheme: Scheme = Scheme()) -> Tree:
+    """Latent weights to quantised leaves where the policy says so; the other leaves are cast.
+
+    Args:
+      params: tree of float arrays: Linen's variables (with or without ``params``) or an
+        `flax.nnx.State`.
       policy: which leaves, and the formats of the others.
       scheme: how latent weights become codes and scale.
 
     Returns:
-      A tree of the same structure, `Ternary` in place of the matrices.
+      A tree of the same structure, `Ternary` (`Int8`, `Int4`) in place of the matrices.
 
     Raises:
       BitnetError: if a leaf holds NaN or infinity.
@@ -184,42 +250,86 @@ def ternarise(params: Tree, policy: Policy = Policy(), scheme: Scheme = Scheme()
     (dtype('int8'), dtype('float16'))
     """
     check_finite(params)
-    quantize = jax.jit(quantize_weights, static_argnums=1)
 
     def one(path, x):
-        format, _ = _place(path_name(path), x, policy)
+        name = path_name(path)
+        format, _ = _place(name, x, policy)
         if format is None:
             return x
-        return quantize(x, scheme) if format.startswith("ternary") else x.astype(format)
+        return x.astype(format) if format in FLOATS else _kernel(x, name, format, policy, scheme)
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def prequantize(params: Tree, policy: Policy = Policy(), scheme: Scheme = Scheme()) -> Tree:
+    """The quantised weights the layers would compute from these latent ones, to compute them once.
+
+    Args:
+      params: tree of latent weights.
+      policy: which leaves are ternary; the others are None in the result.
+      scheme: the one the model's layers have.
+
+    Returns:
+      A tree of the same structure, for `attach`. Runs under jit.
+
+    >>> prequantize({"up": {"kernel": jnp.eye(4), "bias": jnp.ones(4)}})["up"]["bias"] is None
+    True
+    """
+
+    def one(path, x):
+        name = path_name(path)
+        format = policy.format_of(name) or ""
+        inputs = policy.inputs_of(name, x.ndim)
+        if format == "ternary-stack" or (format == "ternary" and inputs and inputs < x.ndim):
+            return _kernel(jax.lax.stop_gradient(x), name, format, policy, scheme)
+        return None
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def attach(params: Tree, weights: Tree) -> Tree:
+    """Latent weights with the quantised ones computed from them before.
+
+    Args:
+      params: tree of latent weights.
+      weights: what `prequantize` gave for them.
+
+    Returns:
+      The tree with `Prequantized` leaves: the same values and gradients, without quantising again.
+
+    >>> params = {"up": {"kernel": jnp.eye(4)}}
+    >>> type(attach(params, prequantize(params))["up"]["kernel"]).__name__
+    'Prequantized'
+    """
+    return jax.tree.map(lambda x, w: x if w is None else Prequantized(x, w), params, weights)
+
+
 def _on(kind: type, f: Callable, tree: Tree) -> Tree:
-    return jax.tree.map(lambda x: f(x) if isinstance(x, kind) else x, tree, is_leaf=is_ternary)
+    return jax.tree.map(lambda x: f(x) if isinstance(x, kind) else x, tree, is_leaf=is_quantized)
 
 
 def pack(tree: Tree) -> Tree:
-    """Every `Ternary` leaf to a `PackedTernary` one; exact; other leaves are returned as they are.
+    """Every `Ternary`, `Int8` and `Int4` leaf packed; exact; other leaves as they are.
 
+    >>> from bitnet_jax import quantize_weights
     >>> pack({"kernel": quantize_weights(jnp.eye(4))})["kernel"].codes.shape
     (1, 4)
     """
-    return _on(Ternary, jax.jit(pack_weight), tree)
+    return _on(Quantized, jax.jit(pack_weight), tree)
 
 
 def unpack(tree: Tree) -> Tree:
-    """Every `PackedTernary` leaf to a `Ternary` one; exact inverse of `pack`."""
-    return _on(PackedTernary, jax.jit(unpack_weight), tree)
+    """Every packed leaf unpacked; exact inverse of `pack`."""
+    return _on(Packed, jax.jit(unpack_weight), tree)
 
 
 def dequantise(tree: Tree) -> Tree:
-    """Every ternary leaf, packed or not, to its float32 values codes * scale.
+    """Every quantised leaf, packed or not, to its float32 values codes * scale.
 
     For plain float layers and other libraries. Not for `BitDense`: quantising these values again
     is not the same ternary weight under absmean (see `dequantize`).
     """
-    return _on(Ternary, jax.jit(dequantize), unpack(tree))
+    return _on(Quantized, jax.jit(dequantize), unpack(tree))
 
 
 def report(before: Tree, after: Tree, policy: Policy = Policy()) -> Report:
@@ -231,18 +341,29 @@ def report(before: Tree, after: Tree, policy: Policy = Policy()) -> Report:
       policy: the one it was converted by; says why a leaf was kept.
     """
     old = jax.tree_util.tree_leaves_with_path(before)
-    new = jax.tree.leaves(after, is_leaf=is_ternary)
+    new = jax.tree.leaves(after, is_leaf=is_quantized)
     return Report(tuple(_leaf_report(path_name(p), x, y, policy) for (p, x), y in zip(old, new)))
 
 
 def _leaf_report(path: str, x: jax.Array, y: Any, policy: Policy) -> LeafReport:
     _, note = _place(path, x, policy)
-    if not is_ternary(y):
+    if not is_quantized(y):
         return LeafReport(path, x.shape, str(y.dtype), x.nbytes, y.nbytes, note=note)
-    codes = np.asarray(unpack_weight(y).codes if isinstance(y, PackedTernary) else y.codes)
-    size = y.codes.nbytes + y.scale.nbytes
+    return LeafReport(path, x.shape, format_name(y), x.nbytes, y.nbytes, *code_counts(y))
+
+
+def format_name(leaf: Quantized | Packed) -> str:
+    """``"ternary"``, ``"int8"`` or ``"int4"``: what a quantised leaf's codes are."""
+    return type(leaf).__name__.removeprefix("Packed").lower()
+
+
+def code_counts(leaf: Quantized | Packed) -> tuple[int, int, int]:
+    """How many codes are -1, 0 and +1; zeros for a leaf that is not ternary."""
+    if not isinstance(leaf, Ternary | PackedTernary):
+        return 0, 0, 0
+    codes = np.asarray(unpack_weight(leaf).codes if isinstance(leaf, Packed) else leaf.codes)
     minus, zeros, plus = (int((codes == v).sum()) for v in (-1, 0, 1))
-    return LeafReport(path, x.shape, "ternary", x.nbytes, size, minus, zeros, plus)
+    return minus, zeros, plus
 
 
 def convert(params: Tree, policy: Policy = Policy(), scheme: Scheme = Scheme()) -> Converted:

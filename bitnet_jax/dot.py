@@ -3,19 +3,21 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .leaf import Packed, Prequantized, Quantized, is_quantized, split
 from .ops import integer_product
-from .packed import PackedTernary, unpack_weight
-from .quantize import Scheme, Ternary, dequantize, grouped, quantize_activations, quantize_weights
+from .packed import unpack_weight
+from .quantize import Scheme, grouped, matrix_values, quantize_activations, quantize_weights
 
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
 
-def accumulate(x: jax.Array, weight: Ternary, batch_dims: int = 0) -> jax.Array:
+def accumulate(x: jax.Array, weight: Quantized, batch_dims: int = 0) -> jax.Array:
     """The integer accumulators: int8 codes of the activations times codes of the weight.
 
     Args:
@@ -26,6 +28,7 @@ def accumulate(x: jax.Array, weight: Ternary, batch_dims: int = 0) -> jax.Array:
     Returns:
       int32 (*batch, groups, *rows, out): one sum for each group of inputs that shares a scale.
 
+    >>> from bitnet_jax import Ternary
     >>> accumulate(jnp.ones((2, 4), jnp.int8), Ternary(jnp.ones((4, 1), jnp.int8), jnp.ones((2, 1)),
     ...     group=2)).ravel().tolist()
     [2, 2, 2, 2]
@@ -65,7 +68,7 @@ def _product_bwd(batch_dims, dtype, precision, residuals, g):
     """dx = g @ q(w).T and dw = q(x).T @ g: the straight-through estimator on both sides."""
     codes, scale, weight, trained = residuals
     batch = tuple(range(batch_dims))
-    qw = dequantize(weight).astype(dtype)
+    qw = matrix_values(weight).astype(dtype)
     dims = (((g.ndim - 1,), (batch_dims + 1,)), (batch, batch))
     dx = lax.dot_general(g, qw, dims, precision=precision).astype(jnp.float32)
     if trained is None:
@@ -99,25 +102,39 @@ def _latent_matrix(w: jax.Array, contract: Sequence[int], batch: Sequence[int]):
     return w.reshape(*lead, math.prod(size), math.prod(out)), out
 
 
-def _ternary_matrix(w: Ternary | PackedTernary, contract: Sequence[int], batch: Sequence[int]):
-    """A ternary leaf already lies as (*batch, in, out): check it, unpack it."""
-    if tuple(batch) != tuple(range(w.ndim - 2)) or tuple(contract) != (w.ndim - 2,):
+def _leaf_matrix(w: Quantized | Packed, contract: Sequence[int], batch: Sequence[int]):
+    """A quantised leaf already lies as (*batch, in, out): check it, unpack it, say out's axes."""
+    stack = w.codes.ndim - 2
+    inputs = tuple(range(stack, stack + max(len(w.in_shape), 1)))
+    if tuple(batch) != tuple(range(stack)) or tuple(contract) != inputs:
         raise ValueError(
-            f"a ternary leaf of shape {w.shape} contracts its axis {w.ndim - 2}, with the axes "
-            f"before it as batch; got contract {tuple(contract)}, batch {tuple(batch)}"
+            f"a quantised leaf of shape {w.shape} contracts its axes {inputs}, with the axes "
+            f"before them as batch; got contract {tuple(contract)}, batch {tuple(batch)}"
         )
-    return (unpack_weight(w) if isinstance(w, PackedTernary) else w), w.shape[-1:]
+    out = split(w.codes.shape[-1], w.out_shape)
+    return (unpack_weight(w) if isinstance(w, Packed) else w), out
+
+
+def _weight_of(rhs: Any, scheme: Scheme, contract: Sequence[int], batch: Sequence[int]):
+    """(latent matrix or None, quantised matrix, output axes) of whatever stands on the right."""
+    if isinstance(rhs, Quantized | Packed):
+        return None, *_leaf_matrix(rhs, contract, batch)
+    if isinstance(rhs, Prequantized):
+        latent, out = _latent_matrix(rhs.latent.astype(jnp.float32), contract, batch)
+        return latent, _leaf_matrix(rhs.weight, contract, batch)[0], out
+    latent, out = _latent_matrix(rhs.astype(jnp.float32), contract, batch)
+    return latent, quantize_weights(lax.stop_gradient(latent), scheme), out
 
 
 def dot_general(
     lhs: jax.Array,
-    rhs: jax.Array | Ternary | PackedTernary,
+    rhs: jax.Array | Quantized | Packed | Prequantized,
     dimension_numbers: DimensionNumbers,
     precision=None,
     preferred_element_type=None,
     out_sharding=None,
     *,
-    scheme: Scheme = Scheme(),
+    scheme: Scheme | None = Scheme(),
 ) -> jax.Array:
     """`jax.lax.dot_general` with a ternary right-hand side and int8 activations.
 
@@ -131,44 +148,50 @@ def dot_general(
 
     Args:
       lhs: activations, float, any shape; quantised over the contracted axes together.
-      rhs: latent weights (float, any shape), quantised here; or a `Ternary` or `PackedTernary`
-        leaf of shape (*batch, in, out), whose codes are multiplied as they are.
+      rhs: latent weights (float, any shape), quantised here; or a quantised leaf, packed or not, of
+        shape (*batch, *in axes, *out axes), whose codes are multiplied as they are.
       dimension_numbers: as in `jax.lax.dot_general`.
       precision: of the backward products; the forward one is exact.
       preferred_element_type: dtype of the result; by default lhs's.
       out_sharding: as in `jax.lax.dot_general`, for meshes with explicit axes.
-      scheme: how latent weights become ternary; not used for ternary leaves, which carry their own.
+      scheme: how latent weights are quantised; None to leave them, and the activations that meet
+        them, in float, as `jax.lax.dot_general` does. Quantised leaves carry their own.
 
     Returns:
       (*batch, *lhs free axes, *rhs free axes). Differentiable in lhs, and in rhs when it is latent.
 
     Raises:
-      ValueError: if a ternary leaf is asked to contract an axis that is not its input axis, or
-        the contracted sizes differ.
+      ValueError: if a quantised leaf is asked to contract axes that are not its inputs, or the
+        contracted sizes differ.
 
     >>> x, w = jnp.ones((2, 3)), jnp.array([[0.5], [-0.5], [0.5]])
     >>> dot_general(x, w, (((1,), (0,)), ((), ()))).round(4).tolist()
     [[0.5], [0.5]]
     """
+    if scheme is None and not is_quantized(rhs):
+        return _plain(lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding)
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     # float32 from here on; the casts' own transposes give each gradient its dtype back.
     x = _contract_last(lhs, lhs_contract, lhs_batch).astype(jnp.float32)
-    if isinstance(rhs, Ternary | PackedTernary):
-        weight, out = _ternary_matrix(rhs, rhs_contract, rhs_batch)
-        latent = None
-    else:
-        latent, out = _latent_matrix(rhs.astype(jnp.float32), rhs_contract, rhs_batch)
-        weight = quantize_weights(lax.stop_gradient(latent), scheme)
-    if x.shape[-1] != weight.shape[-2]:
-        raise ValueError(f"lhs contracts {x.shape[-1]} features, rhs {weight.shape[-2]}")
+    latent, weight, out = _weight_of(rhs, scheme or Scheme(), rhs_contract, rhs_batch)
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"lhs contracts {x.shape[-1]} features, rhs {weight.in_features}")
     dtype = jnp.dtype(preferred_element_type or lhs.dtype)
     y = jnp.asarray(_product(x, latent, weight, len(lhs_batch), dtype, precision))
     y = y.reshape(*y.shape[:-1], *out) if len(out) != 1 else y
     return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
 
+def _plain(lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding):
+    """`jax.lax.dot_general` on latent weights, in the activations' dtype."""
+    extra = {} if out_sharding is None else {"out_sharding": out_sharding}
+    dtype = preferred_element_type
+    rhs = rhs.astype(lhs.dtype)
+    return lax.dot_general(lhs, rhs, dimension_numbers, precision, dtype, **extra)
+
+
 @functools.cache
-def with_scheme(scheme: Scheme) -> Callable[..., jax.Array]:
+def with_scheme(scheme: Scheme | None) -> Callable[..., jax.Array]:
     """`dot_general` bound to a scheme.
 
     One object for each scheme, so that modules that hold it compare equal.

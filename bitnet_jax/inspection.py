@@ -1,5 +1,6 @@
 """What is in a packed checkpoint: every leaf, its bytes, its codes; every checksum verified."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -7,8 +8,8 @@ import numpy as np
 from rich.console import RenderableType
 
 from . import checkpoint
-from .convert import path_name
-from .packed import PackedTernary, is_ternary, unpack_weight
+from .convert import code_counts, format_name, path_name
+from .leaf import Packed, is_quantized
 from .report import leaf_table
 
 
@@ -29,7 +30,7 @@ def inspect(path: Path) -> dict:
     """
     manifest = checkpoint.read_manifest(path)
     stored = checkpoint.load(path)
-    leaves = jax.tree_util.tree_leaves_with_path(stored.tree, is_leaf=is_ternary)
+    leaves = jax.tree_util.tree_leaves_with_path(stored.tree, is_leaf=is_quantized)
     rows = [_leaf(path_name(p), x) for p, x in leaves]
     parameters = sum(int(np.prod(x["shape"])) for x in rows)
     size = checkpoint.size_on_disk(path)
@@ -47,21 +48,14 @@ def inspect(path: Path) -> dict:
 
 
 def _leaf(path: str, x) -> dict:
-    if not is_ternary(x):
-        row = {"format": str(x.dtype), "bytes": x.nbytes}
-        return {"path": path, "shape": list(x.shape), **row, "minus": 0, "zeros": 0, "plus": 0}
-    weight = unpack_weight(x) if isinstance(x, PackedTernary) else x
-    codes = np.asarray(weight.codes)
-    return {
-        "path": path,
-        "shape": list(x.shape),
-        "format": "ternary" if isinstance(x, PackedTernary) else "ternary-int8",
-        "bytes": x.codes.nbytes + x.scale.nbytes,
-        "minus": int((codes == -1).sum()),
-        "zeros": int((codes == 0).sum()),
-        "plus": int((codes == 1).sum()),
-        "weights_per_scale": codes.size // max(x.scale.size, 1),
-    }
+    row = {"path": path, "shape": list(x.shape), "bytes": x.nbytes}
+    if not is_quantized(x):
+        return row | {"format": str(x.dtype), "minus": 0, "zeros": 0, "plus": 0}
+    minus, zeros, plus = code_counts(x)
+    stored = format_name(x) if isinstance(x, Packed) else f"{format_name(x)}, unpacked"
+    counts = {"minus": minus, "zeros": zeros, "plus": plus}
+    per_scale = math.prod(x.shape) // max(x.scale.size, 1)
+    return row | {"format": stored} | counts | {"weights_per_scale": per_scale}
 
 
 def render(result: dict) -> list[RenderableType]:

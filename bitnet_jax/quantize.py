@@ -1,4 +1,4 @@
-"""Weights to ternary codes and scale, activations to int8: pure functions in float32.
+"""Weights to codes and scale, activations to int8: pure functions in float32.
 
 Every rounding is half to even and every scale is float32, whatever the dtype that came in:
 computing them in bfloat16 flips 0.2 % of the codes.
@@ -10,9 +10,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from .leaf import Int4, Int8, Quantized, Ternary
+
 # Clamp of the mean |w| below which a scale would divide by (almost) zero. BitNet b1.58 clamps at
 # 1e-5 ("The Era of 1-bit LLMs: Training Tips, Code and FAQ"), the sandbox's layer at 1e-8.
-_SMALLEST_SCALE = {"absmean": 1e-5, "threshold": 1e-8, "twn": 1e-8}
+# For the integer rules it bounds the largest |w|.
+_SMALLEST_SCALE = {"absmean": 1e-5, "threshold": 1e-8, "twn": 1e-8, "int8": 1e-8, "int4": 1e-8}
 # Share of the mean |w| under which a weight becomes 0; absmean needs none, it rounds.
 _THRESHOLD = {"threshold": 0.1, "twn": 0.7}
 # Largest |x| of a token is at least this, so that a row of zeros has a finite scale (same paper).
@@ -23,21 +26,28 @@ _SMALLEST_ACTIVATION = 1e-5
 class Scheme:
     """How latent weights become codes and scale.
 
-    With m the mean of |w| over the elements that share a scale:
+    With m the mean and M the maximum of |w| over the elements that share a scale:
 
     | rule      | code                                | scale                       |
     |-----------|-------------------------------------|-----------------------------|
     | absmean   | clip(round(w / m), -1, 1)           | m                           |
     | threshold | 0 where abs w < t m, else sign(w)   | m                           |
     | twn       | 0 where abs w < t m, else sign(w)   | mean abs w of the non-zeros |
+    | int8      | round(127 w / M)                    | M / 127                     |
+    | int4      | round(7 w / M)                      | M / 7                       |
+
+    The last two are not ternary: they are what small models and embeddings are better kept in,
+    by the same operator, layers and checkpoints.
 
     Args:
       rule: ``"absmean"`` (BitNet b1.58, arXiv 2402.17764), ``"threshold"`` (the Phase 4 sandbox,
-        t = 0.1) or ``"twn"`` (Ternary Weight Networks, arXiv 1605.04711, t = 0.7: close to the
-        least squares choice of codes, and exactly the least squares scale for them).
-      scale: what shares a scale: ``"tensor"``, ``"channel"`` (each output has its own) or an
-        integer, the number of consecutive inputs of one output that share one.
-      threshold: t above; None takes the rule's own. Not for absmean.
+        t = 0.1), ``"twn"`` (Ternary Weight Networks, arXiv 1605.04711, t = 0.7: close to the
+        least squares choice of codes, and exactly the least squares scale for them), ``"int8"`` or
+        ``"int4"`` (symmetric, levels +-127 and +-7).
+      scale: what shares a scale: ``"tensor"``, ``"channel"`` (each output has its own), ``"row"``
+        (each input has its own: for tables that are looked up by row, embeddings) or an integer,
+        the number of consecutive inputs of one output that share one.
+      threshold: t above; None takes the rule's own. Only for threshold and twn.
 
     Raises:
       ValueError: for a rule, scale or threshold that does not exist.
@@ -46,54 +56,24 @@ class Scheme:
     Scheme(rule='twn', scale=64, threshold=None)
     """
 
-    rule: Literal["absmean", "threshold", "twn"] = "absmean"
-    scale: Literal["tensor", "channel"] | int = "tensor"
+    rule: Literal["absmean", "threshold", "twn", "int8", "int4"] = "absmean"
+    scale: Literal["tensor", "channel", "row"] | int = "tensor"
     threshold: float | None = None
 
     def __post_init__(self):
         if self.rule not in _SMALLEST_SCALE:
             raise ValueError(f"rule {self.rule!r}: expected one of {', '.join(_SMALLEST_SCALE)}")
         is_group = isinstance(self.scale, int) and not isinstance(self.scale, bool)
-        if not (self.scale in ("tensor", "channel") or (is_group and int(self.scale) > 0)):
+        if not (self.scale in ("tensor", "channel", "row") or (is_group and int(self.scale) > 0)):
             raise ValueError(
-                f"scale {self.scale!r}: expected 'tensor', 'channel' or a positive group size"
+                f"scale {self.scale!r}: expected 'tensor', 'channel', 'row' or a group size above 0"
             )
-        if self.threshold is not None and (self.rule == "absmean" or not self.threshold >= 0):
+        if self.threshold is not None and (self.rule not in _THRESHOLD or not self.threshold >= 0):
             raise ValueError(f"threshold {self.threshold!r} does not fit rule {self.rule!r}")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Ternary:
-    """A ternary weight: codes and scale together.
-
-    Invariants: ``codes`` is int8 in {-1, 0, 1}, shape (..., in, out); ``scale`` is float32, shape
-    (..., groups, out) or (..., groups, 1), where groups = ceil(in / group), or 1 for group = 0;
-    input i of output o has the value ``codes[i, o] * scale[i // group, o]``.
-    Leading axes are stacks (of layers under scan, of copies under vmap).
-
-    >>> weight = quantize_weights(jnp.array([[0.9, -0.1], [-1.1, 1.9]]))
-    >>> weight.codes.tolist(), weight.scale.tolist()
-    ([[1, 0], [-1, 1]], [[1.0]])
-    """
-
-    codes: jax.Array
-    scale: jax.Array
-    group: int = dataclasses.field(default=0, metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape (..., in, out)."""
-        return tuple(self.codes.shape)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def dtype(self):
-        """Dtype of the values, which is the scale's."""
-        return self.scale.dtype
+_KINDS: dict[str, type[Quantized]] = {"int8": Int8, "int4": Int4}
+_LEVELS = {"int8": 127, "int4": 7}
 
 
 def grouped(w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
@@ -113,8 +93,8 @@ def _ungrouped(blocks: jax.Array, size: int) -> jax.Array:
     return blocks.reshape(*lead, groups * group, out)[..., :size, :]
 
 
-def quantize_weights(w: jax.Array, scheme: Scheme = Scheme()) -> Ternary:
-    """Latent weights to a ternary weight.
+def quantize_weights(w: jax.Array, scheme: Scheme = Scheme()) -> Quantized:
+    """Latent weights to a quantised weight: ternary, or int8 or int4 by the rules of that name.
 
     Args:
       w: latent weights, shape (..., in, out), any float dtype; leading axes are a stack of
@@ -122,35 +102,59 @@ def quantize_weights(w: jax.Array, scheme: Scheme = Scheme()) -> Ternary:
       scheme: the rule and what shares a scale; its docstring has the equations.
 
     Returns:
-      `Ternary` with codes (..., in, out) int8 and scale (..., groups, out or 1) float32. Not
-      differentiable (rounding has no gradient): `dot_general` carries the straight-through one.
+      `Ternary` (`Int8`, `Int4`) with codes (..., in, out) int8 and scale (..., groups, out or 1)
+      float32. Not differentiable (rounding has no gradient): `dot_general` carries the
+      straight-through one.
 
     >>> w = jnp.array([[1.0, -1.0], [-0.1, 0.1], [2.0, 0.01]])
     >>> quantize_weights(w, Scheme("threshold", "channel")).codes.tolist()
     [[1, -1], [0, 1], [1, 0]]
     """
-    group = scheme.scale if isinstance(scheme.scale, int) else 0
+    group = scheme.scale if isinstance(scheme.scale, int) else int(scheme.scale == "row")
     blocks, rows = grouped(w.astype(jnp.float32), group)
-    axes = (-2, -1) if scheme.scale == "tensor" else (-2,)
-    count = rows * w.shape[-1] if scheme.scale == "tensor" else rows
+    axes = (-2, -1) if scheme.scale in ("tensor", "row") else (-2,)
+    if scheme.rule in _KINDS:
+        codes, scale = _round_to_levels(blocks, axes, scheme)
+    else:
+        codes, scale = _round_to_ternary(blocks, rows, axes, scheme)
+    kind = _KINDS.get(scheme.rule, Ternary)
+    return kind(_ungrouped(codes, w.shape[-2]).astype(jnp.int8), jnp.squeeze(scale, -2), group)
+
+
+def _round_to_ternary(blocks: jax.Array, rows: jax.Array, axes: tuple[int, ...], scheme: Scheme):
+    """Codes (..., groups, group, out) and scale (..., groups, 1, out or 1) of a ternary rule."""
+    count = rows * blocks.shape[-1] if -1 in axes else rows
     size = jnp.abs(blocks)
     mean = jnp.maximum(size.sum(axes, keepdims=True) / count, _SMALLEST_SCALE[scheme.rule])
     if scheme.rule == "absmean":
-        codes, scale = jnp.clip(jnp.round(blocks / mean), -1, 1), mean
-    else:
-        share = _THRESHOLD[scheme.rule] if scheme.threshold is None else scheme.threshold
-        # Strict: a weight exactly on the threshold keeps its sign, as in the sandbox's layer.
-        codes, scale = jnp.where(size < share * mean, 0.0, jnp.sign(blocks)), mean
-        if scheme.rule == "twn":
-            kept = jnp.abs(codes)
-            scale = (size * kept).sum(axes, keepdims=True)
-            scale = scale / jnp.maximum(kept.sum(axes, keepdims=True), 1.0)
-            scale = jnp.maximum(scale, _SMALLEST_SCALE[scheme.rule])
-    return Ternary(_ungrouped(codes, w.shape[-2]).astype(jnp.int8), jnp.squeeze(scale, -2), group)
+        return jnp.clip(jnp.round(blocks / mean), -1, 1), mean
+    share = _THRESHOLD[scheme.rule] if scheme.threshold is None else scheme.threshold
+    # Strict: a weight exactly on the threshold keeps its sign, as in the sandbox's layer.
+    codes = jnp.where(size < share * mean, 0.0, jnp.sign(blocks))
+    if scheme.rule == "threshold":
+        return codes, mean
+    kept = jnp.abs(codes)
+    scale = (size * kept).sum(axes, keepdims=True)
+    scale = scale / jnp.maximum(kept.sum(axes, keepdims=True), 1.0)
+    return codes, jnp.maximum(scale, _SMALLEST_SCALE[scheme.rule])
 
 
-def dequantize(weight: Ternary) -> jax.Array:
-    """Codes times scale: the float32 values a ternary weight stands for, shape (..., in, out).
+def _round_to_levels(blocks: jax.Array, axes: tuple[int, ...], scheme: Scheme):
+    """Codes and scale of an integer rule, shapes as above."""
+    levels = _LEVELS[scheme.rule]
+    largest = jnp.abs(blocks).max(axes, keepdims=True, initial=_SMALLEST_SCALE[scheme.rule])
+    return jnp.clip(jnp.round(blocks * (levels / largest)), -levels, levels), largest / levels
+
+
+def matrix_values(weight: Quantized) -> jax.Array:
+    """Codes times scale as float32, in the flattened matrix's shape (..., in, out)."""
+    blocks, _ = grouped(weight.codes, weight.group)
+    values = blocks.astype(jnp.float32) * weight.scale[..., :, None, :]
+    return _ungrouped(values, weight.codes.shape[-2])
+
+
+def dequantize(weight: Quantized) -> jax.Array:
+    """Codes times scale: the float32 values a quantised weight stands for, in the kernel's shape.
 
     Feeding the result to `quantize_weights` again keeps the codes but, under absmean, shrinks the
     scale by the density of the codes; carry the `Ternary` instead.
@@ -158,9 +162,7 @@ def dequantize(weight: Ternary) -> jax.Array:
     >>> dequantize(Ternary(jnp.array([[1, -1]], jnp.int8), jnp.array([[0.5, 2.0]]))).tolist()
     [[0.5, -2.0]]
     """
-    blocks, _ = grouped(weight.codes, weight.group)
-    values = blocks.astype(jnp.float32) * weight.scale[..., :, None, :]
-    return _ungrouped(values, weight.codes.shape[-2])
+    return matrix_values(weight).reshape(weight.shape)
 
 
 def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -29,7 +29,8 @@ from rich.table import Table
 
 from .convert import Report, path_name
 from .errors import BitnetError
-from .packed import PackedTernary, is_ternary, unpack_weight
+from .leaf import PackedTernary, is_quantized
+from .packed import unpack_weight
 
 Tree = Any
 
@@ -224,7 +225,7 @@ def _draw_weights(axes, latent: Tree, packed: Tree) -> None:
     """Latent weights in units of their channel's scale, coloured by the code they became."""
     old = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(latent)}
     values, codes = [], []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(packed, is_leaf=is_ternary):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(packed, is_leaf=is_quantized):
         if isinstance(leaf, PackedTernary) and not leaf.group:
             weight = unpack_weight(leaf)
             values.append(np.asarray(old[path_name(path)] / weight.scale).ravel())

@@ -35,8 +35,8 @@ import optax
 
 from . import checkpoint
 from .convert import Converted, Policy, convert
+from .leaf import is_quantized
 from .models.mlp import MLP
-from .packed import is_ternary
 from .quantize import Scheme, dequantize, quantize_activations, quantize_weights, straight_through
 
 Tree = Any
@@ -87,8 +87,10 @@ def seed_formula_bytes(tree: Tree) -> int:
     layer, float32 over this is (4 * 128 + 4) / (128 + 2 + 2) = 43 / 11 = 3.909 whatever the number
     of layers: biases count on both sides, 4 bytes before and 2 after.
     """
-    leaves = jax.tree.leaves(tree, is_leaf=is_ternary)
-    return sum(math.prod(x.shape) + 2 * x.scale.size if is_ternary(x) else x.nbytes for x in leaves)
+    leaves = jax.tree.leaves(tree, is_leaf=is_quantized)
+    return sum(
+        math.prod(x.shape) + 2 * x.scale.size if is_quantized(x) else x.nbytes for x in leaves
+    )
 
 
 def _draw(model: MLP) -> Tree:
@@ -125,10 +127,10 @@ def check_layer_replacement() -> Check:
     model = MLP(hidden=64, layers=2, scheme=SCHEME)
     variables = _draw(MLP(hidden=64, layers=2, scheme=None))
     tree = _convert(variables).tree
-    leaves = jax.tree.leaves(tree, is_leaf=is_ternary)
+    leaves = jax.tree.leaves(tree, is_leaf=is_quantized)
     linear = sum(x.ndim == 2 for x in jax.tree.leaves(variables))
-    replaced = sum(is_ternary(x) for x in leaves)
-    left = sum(x.ndim > 1 and not is_ternary(x) for x in leaves)
+    replaced = sum(is_quantized(x) for x in leaves)
+    left = sum(x.ndim > 1 and not is_quantized(x) for x in leaves)
     y = _apply(model, tree, _inputs(4, 64))
     works = y.shape == (4, 10) and bool(jnp.isfinite(y).all())
     measured = {"linear_layers": linear, "replaced": replaced, "float_matrices_left": left}

@@ -365,7 +365,8 @@ import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from bitnet_jax import quantize_weights
 from bitnet_jax.checkpoint import load, save
-from bitnet_jax.packed import PackedTernary, pack_weight
+from bitnet_jax.leaf import PackedTernary
+from bitnet_jax.packed import pack_weight
 
 mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))

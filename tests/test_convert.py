@@ -14,7 +14,7 @@ from bitnet_jax import (
     Ternary,
     convert,
     dequantise,
-    is_ternary,
+    is_quantized,
     pack,
     quantize_weights,
     ternarise,
@@ -61,7 +61,7 @@ def test_default_policy(wrap):
     assert {f for p, f in formats(result).items() if p not in TERNARY} == {"float16"}
     assert result.report.unmatched == ()
     assert jax.tree.structure(
-        jax.tree.map(lambda x: 0, result.tree, is_leaf=is_ternary)
+        jax.tree.map(lambda x: 0, result.tree, is_leaf=is_quantized)
     ) == jax.tree.structure(wrap(toy()))
 
 
@@ -133,7 +133,7 @@ def test_unmatched_matrices_are_listed_with_a_note():
     }
     result = convert(tree)
     assert result.report.unmatched == ("conv/kernel", "slots")
-    assert leaf_of(result, "conv/kernel").note.startswith("has 3 axes; the ternary rule takes 2")
+    assert leaf_of(result, "conv/kernel").note.startswith("has 3 axes; say in Policy(inputs=")
     assert leaf_of(result, "slots").note == leaf_of(result, "gate").note == "no rule matches"
     for name in ("slots", "gate", "conv"):
         same(result.tree[name], tree[name])

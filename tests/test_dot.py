@@ -305,7 +305,8 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from bitnet_jax import Scheme, dot_general, quantize_weights
-from bitnet_jax.packed import PackedTernary, pack_weight
+from bitnet_jax.leaf import PackedTernary
+from bitnet_jax.packed import pack_weight
 
 assert len(jax.devices()) == 4
 mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -397,7 +398,7 @@ def test_with_scheme_is_one_object_for_a_scheme():
 )
 def test_wrong_contraction_of_a_ternary_leaf(convert, shape, dims):
     leaf = convert(quantize(jnp.ones(shape)))
-    with pytest.raises(ValueError, match="contracts its axis"):
+    with pytest.raises(ValueError, match="contracts its axes"):
         dot_general(jnp.ones((8, 8)), leaf, dims)
 
 

@@ -16,7 +16,7 @@ from bitnet_jax import (
     Ternary,
     convert,
     dot_general,
-    is_ternary,
+    is_quantized,
     with_scheme,
 )
 
@@ -255,7 +255,8 @@ def test_a_leaf_of_another_shape_is_named(make, shape):
     with pytest.raises(ValueError) as error:
         Net().apply({"params": {"up": {"kernel": leaf}}}, jnp.ones((2, 8)))
     assert str(error.value) == (
-        f"up/kernel: ternary leaf of shape {shape}, but the layer's input and features need (8, 4)"
+        f"up/kernel: quantised leaf of shape {shape}, "
+        "but the layer's input and features need (8, 4)"
     )
 
 
@@ -313,4 +314,4 @@ def test_training_lowers_the_loss():
         params, loss = step(params)
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
-    assert not any(is_ternary(x) for x in jax.tree.leaves(params, is_leaf=is_ternary))
+    assert not any(is_quantized(x) for x in jax.tree.leaves(params, is_leaf=is_quantized))

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from bitnet_jax import Scheme, Ternary, is_ternary
+from bitnet_jax import PackedTernary, Scheme, Ternary, is_quantized
 from bitnet_jax.packed import (
-    PackedTernary,
     pack_codes,
     pack_weight,
     unpack_codes,
@@ -129,8 +128,8 @@ def test_static_fields_are_part_of_the_structure():
     assert len(jax.tree.leaves(leaf)) == 2
 
 
-def test_is_ternary():
+def test_is_quantized():
     leaf = leaf_of()
-    assert is_ternary(leaf) and is_ternary(unpack(leaf))
-    assert not is_ternary(leaf.codes) and not is_ternary({"codes": 1, "scale": 1})
+    assert is_quantized(leaf) and is_quantized(unpack(leaf))
+    assert not is_quantized(leaf.codes) and not is_quantized({"codes": 1, "scale": 1})
     assert isinstance(unpack(leaf), Ternary)

@@ -285,7 +285,7 @@ def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():
     "arguments",
     [
         {"rule": "median"},
-        {"scale": "row"},
+        {"scale": "column"},
         {"scale": 0},
         {"scale": -4},
         {"scale": True},

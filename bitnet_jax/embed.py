@@ -1,0 +1,60 @@
+"""Embedding tables of codes and scale: rows looked up, and the same table as an output head."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .leaf import Packed, Quantized
+from .packed import unpack_codes, unpack_weight
+from .quantize import dequantize
+
+
+def take(table: Quantized | Packed, ids: jax.Array, dtype: Any = None) -> jax.Array:
+    """Rows of a quantised table: codes[id] * scale[id // group].
+
+    Only the bytes of the rows asked for are read; the table is never unpacked.
+
+    Args:
+      table: leaf of shape (rows, features).
+      ids: integers (...), negative ones from the end; a row outside reads as NaN, as with
+        `jax.numpy.take`.
+      dtype: of the result; None for the scale's, float32.
+
+    Returns:
+      (..., features).
+
+    >>> from bitnet_jax import Scheme, quantize_weights
+    >>> from bitnet_jax.packed import pack_weight
+    >>> table = pack_weight(quantize_weights(jnp.array([[1.0, -2], [3, 0]]), Scheme("int8", "row")))
+    >>> take(table, jnp.array([1])).tolist()
+    [[3.0, 0.0]]
+    """
+    rows = table.in_features
+    ids = jnp.where(ids < 0, ids + rows, ids)
+    per_byte = 8 // table.bits if isinstance(table, Packed) else 1
+    codes = jnp.take(table.codes, ids // per_byte, axis=0, mode="clip")
+    if isinstance(table, Packed):
+        # The byte of each row is a matrix of one row of bytes, of which one code is ours.
+        codes = unpack_codes(codes[..., None, :], per_byte, table.bits)
+        codes = jnp.take_along_axis(codes, (ids % per_byte)[..., None, None], axis=-2)[..., 0, :]
+    scale = jnp.take(table.scale, ids // (table.group or max(rows, 1)), axis=0, mode="clip")
+    inside = ((ids >= 0) & (ids < rows))[..., None]
+    values = jnp.where(inside, codes.astype(jnp.float32) * scale, jnp.nan)
+    return values.astype(dtype or scale.dtype)
+
+
+def attend(query: jax.Array, table: Quantized | Packed, dtype: Any = None) -> jax.Array:
+    """query @ table.T, in float: a tied output head.
+
+    Args:
+      query: (..., features), float.
+      table: leaf of shape (rows, features).
+      dtype: of the product and the result; None for the common dtype of query and scale.
+
+    Returns:
+      (..., rows).
+    """
+    dtype = dtype or jnp.result_type(query.dtype, table.dtype)
+    weight = unpack_weight(table) if isinstance(table, Packed) else table
+    return jnp.dot(query.astype(dtype), dequantize(weight).astype(dtype).T)
