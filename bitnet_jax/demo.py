@@ -115,7 +115,7 @@ def run(
     result = phase4.run(
         source, train[cut : cut + rest], held_out, out, job, "def ", console, history
     )
-    result |= {"parameters": size, "corpus": corpus.name}
+    result |= {"corpus": corpus.name}
     result["seconds"]["total"] = round(time.perf_counter() - started, 1)
     phase4.write_json(out / "report.json", result)
     return result

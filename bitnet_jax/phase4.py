@@ -13,12 +13,11 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from . import checkpoint, report
+from . import advice, checkpoint, report
 from .convert import Policy, Report, check_finite, convert
 from .errors import BitnetError
-from .models.decoder import Decoder
-from .models.folder import ModelFolder, load_model, save_model
-from .models.generate import generate
+from .models.folder import ModelFolder, PythonModule, load_model, save_model
+from .models.generate import Sampling, stream
 from .optim import adamw, mugrokfast
 from .quantize import Scheme
 from .train.data import steps_per_epoch
@@ -78,7 +77,7 @@ def run(
     """Turn a float language model into a packed ternary one, and say what that cost.
 
     Args:
-      source: the float model (its ``scheme`` is None).
+      source: the float model (its ``scheme`` is None), a `Decoder` or a network of the user's.
       text: windows (n, length + 1) of tokens to fine-tune on.
       held_out: windows to measure on, of documents the model never trains on.
       out: an existing folder; gets ``packed/``, ``float32/``, ``metrics.jsonl``, the report.
@@ -100,8 +99,9 @@ def run(
     started = time.perf_counter()
     check_finite(source.params)
     steps_per_epoch(text, settings.batch)
-    float_model = Decoder(source.config)
-    ternary_model = Decoder(source.config, settings.scheme)
+    float_model = source.config.build(None)
+    ternary_model = source.config.build(settings.scheme)
+    size = sum(x.size for x in jax.tree.leaves(source.params))
 
     say("[bold]1 measure[/] the float model on held-out text")
     with busy("measuring"):
@@ -112,6 +112,9 @@ def run(
     say(report.plan_table(first.report))
     with busy("measuring"):
         scores["converted"] = evaluate(ternary_model, first.tree, held_out, settings.batch)
+        others = {}
+        if size < advice.SMALL and settings.scheme.rule not in ("int8", "int4"):
+            others = advice.alternatives(source, held_out, settings.policy, settings.batch)
 
     say(f"[bold]3 fine-tune[/], {settings.epochs} epochs through the straight-through estimator")
     tuned, continued = _fine_tune(source, text, held_out, out, settings, console)
@@ -129,6 +132,8 @@ def run(
     steps = len(text) // settings.batch * settings.epochs
     result = {
         "scheme": dataclasses.asdict(settings.scheme),
+        "parameters": size,
+        "alternatives": others,
         "epochs": settings.epochs,
         "tokens": {
             "fine_tuning": steps * settings.batch * (text.shape[1] - 1),
@@ -158,8 +163,10 @@ def _pack(
     packed = convert(latent, settings.policy, settings.scheme)
     ternary = dataclasses.replace(source, scheme=settings.scheme, params=packed.tree)
     save_model(out / "packed", ternary)
-    checkpoint.save(out / "float32", jax.tree.map(_float32, source.params))
-    reloaded = load_model(out / "packed")
+    full = jax.tree.map(_float32, source.params)
+    save_model(out / "float32", dataclasses.replace(source, params=full))
+    module = source.config if isinstance(source.config, PythonModule) else None
+    reloaded = load_model(out / "packed", module)
     if not (same := _same_logits(ternary, reloaded, held_out)):
         raise BitnetError(f"{out / 'packed'}: reloaded, it gives other logits than in memory")
     return packed.report, reloaded, same
@@ -192,7 +199,7 @@ def _fine_tune(
         "console": console,
     }
     tuned = fit(
-        Decoder(source.config, settings.scheme),
+        source.config.build(settings.scheme),
         source.params,
         fine_tuner(settings, settings.learning_rate, steps),
         text,
@@ -203,7 +210,7 @@ def _fine_tune(
     if not settings.compare:
         return tuned, None
     continued = fit(
-        Decoder(source.config),
+        source.config.build(None),
         source.params,
         fine_tuner(settings, settings.float_learning_rate, steps),
         text,
@@ -252,9 +259,15 @@ def sample(
 ) -> str:
     """The prompt and its continuation as text, drawn among the 40 likeliest tokens."""
     tokens = jnp.asarray([source.tokenizer.encode(prompt).ids])
-    key = jax.random.key(seed)
-    out = generate(source.model, source.params, tokens, steps, key, temperature, 40)
-    return source.tokenizer.decode(np.asarray(out[0]).tolist())
+    how = Sampling(temperature, top_k=40)
+    new = stream(source.model, source.params, tokens, steps, jax.random.key(seed), how)
+    return source.tokenizer.decode([*tokens[0].tolist(), *(int(t[0]) for t in new)])
+
+
+def check_output(path: Path) -> None:
+    """Raise `BitnetError` if an output folder exists already."""
+    if path.exists():
+        raise BitnetError(f"{path}: exists already; give another folder with --out or remove it")
 
 
 def prepare_output(path: Path) -> Path:
@@ -263,8 +276,7 @@ def prepare_output(path: Path) -> Path:
     Raises:
       BitnetError: if it exists or cannot be made.
     """
-    if path.exists():
-        raise BitnetError(f"{path}: exists already; give another folder with --out or remove it")
+    check_output(path)
     try:
         path.mkdir(parents=True)
     except OSError as e:

@@ -12,6 +12,7 @@ Keys of ``report.json``, stable from one version to the next (shares are in 0..1
 | ``scores`` | for ``float``, ``converted``, ``float_continued``, ``fine_tuned``, ``packed``: ``loss`` (nats a token), ``perplexity``, ``accuracy``, ``tokens`` |
 | ``packed_equals_memory`` | the model reloaded from disk gives the same logits as in memory, bit for bit |
 | ``conversion`` | ``bytes_before``, ``bytes_after`` (arrays), ``codes`` (how many are -1, 0, +1), ``unmatched`` (matrices no rule fits), ``leaves`` |
+| ``parameters``, ``alternatives`` | how many weights; for fewer than 5 million what ``int8`` and ``int4`` cost untrained: ``loss``, ``accuracy``, ``ratio`` (bytes of arrays) |
 | ``scheme``, ``epochs``, ``tokens``, ``sample``, ``seconds`` | what was run, and the text it wrote |
 """  # noqa: E501
 
@@ -27,6 +28,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
+from . import advice
 from .convert import Report, path_name
 from .errors import BitnetError
 from .leaf import PackedTernary, is_quantized
@@ -140,6 +142,7 @@ def summary(result: dict) -> list[str]:
         f"Size on disk: {disk['float32']:,} -> {disk['packed']:,} bytes, "
         f"{result['ratio_on_disk']:.2f}x smaller, everything counted.",
         f"Reloaded from disk it gives {equal}.",
+        *filter(None, [advice.sentence(result)]),
     ]
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 import bitnet_jax
 from bitnet_jax.models.decoder import Decoder, DecoderConfig, empty_cache, rotary
-from bitnet_jax.models.generate import generate
+from bitnet_jax.models.generate import Sampling, draw, generate, stream
 
 SMALL = DecoderConfig(vocab_size=48, width=64, layers=2, heads=4, kv_heads=2, hidden=96)
 TWN = bitnet_jax.Scheme("twn", "channel")
@@ -110,10 +111,10 @@ def test_greedy_generation_is_argmax_step_by_step():
 
 def test_sampling_follows_its_key_and_top_k_one_is_greedy():
     model, params = build()
-    draw = lambda seed, k: generate(model, params, TOKENS, 6, jax.random.key(seed), 1.0, k)
-    assert (draw(0, 0) == draw(0, 0)).all()
-    assert (draw(0, 0) != draw(1, 0)).any()
-    assert (draw(0, 1) == generate(model, params, TOKENS, 6)).all()
+    text = lambda seed, how: generate(model, params, TOKENS, 6, jax.random.key(seed), how)
+    assert (text(0, Sampling(1.0)) == text(0, Sampling(1.0))).all()
+    assert (text(0, Sampling(1.0)) != text(1, Sampling(1.0))).any()
+    assert (text(0, Sampling(1.0, 1)) == generate(model, params, TOKENS, 6)).all()
 
 
 def test_generation_runs_from_packed_weights():
@@ -127,10 +128,70 @@ def test_generation_runs_from_packed_weights():
     [
         (TOKENS[:, :0], (3,), "empty"),
         (TOKENS, (600,), "max_length"),
-        (TOKENS, (3, None, 0.5), "key"),
+        (TOKENS, (3, None, Sampling(0.5)), "key"),
     ],
 )
 def test_generation_says_what_is_wrong(prompt, arguments, message):
     model, params = build()
     with pytest.raises(ValueError, match=message):
         generate(model, params, prompt, *arguments)
+
+
+@pytest.mark.parametrize("how", [Sampling(), Sampling(0.8, 5, 0.9)], ids=["greedy", "sampled"])
+def test_streaming_gives_the_tokens_of_the_whole(how):
+    model, params = build(TWN)
+    key = jax.random.key(3)
+    whole = generate(model, params, TOKENS, 5, key, how)[:, TOKENS.shape[1] :]
+    assert (jnp.stack(list(stream(model, params, TOKENS, 5, key, how)), 1) == whole).all()
+
+
+def test_a_network_without_a_cache_streams_the_same():
+    class Wrapped(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            return Decoder(SMALL, name="inner")(tokens)
+
+    model, params = build()
+    wrapped = {"params": {"inner": params["params"]}}
+    want = list(stream(model, params, TOKENS, 4))
+    got = list(stream(Wrapped(), wrapped, TOKENS, 4))
+    assert (jnp.stack(got) == jnp.stack(want)).all()
+
+
+def test_nucleus_keeps_the_fewest_tokens_that_reach_it():
+    shares = jnp.array([[0.4, 0.3, 0.2, 0.1]])
+    keys = jax.random.split(jax.random.key(0), 300)
+    drawn = lambda how: set(jax.vmap(lambda k: draw(jnp.log(shares), k, how)[0])(keys).tolist())
+    assert drawn(Sampling(1.0)) == {0, 1, 2, 3}
+    assert drawn(Sampling(1.0, top_p=0.69)) == {0, 1}
+    assert drawn(Sampling(1.0, top_p=0.71)) == {0, 1, 2}
+    assert drawn(Sampling(1.0, top_p=1e-6)) == {0}
+    assert drawn(Sampling(1.0, top_k=3, top_p=0.5)) == {0, 1}  # of three, 0.44 and 0.33
+
+
+@pytest.mark.parametrize("wrong", [(-1.0,), (1.0, -1), (1.0, 0, 0.0), (1.0, 0, 1.5)])
+def test_impossible_sampling_is_refused(wrong):
+    with pytest.raises(ValueError, match="temperature|top_k|top_p"):
+        Sampling(*wrong)
+
+
+def test_bfloat16_keeps_parameters_and_logits_in_float32():
+    model, params = build(TWN, dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    logits, exact = model.apply(params, TOKENS), build(TWN)[0].apply(params, TOKENS)
+    assert logits.dtype == jnp.float32
+    assert 0 < jnp.abs(logits - exact).max() < 0.1 * jnp.abs(exact).max()
+    packed = bitnet_jax.convert(params, scheme=TWN).tree
+    assert jnp.isfinite(model.apply(packed, TOKENS)).all()
+    with pytest.raises(ValueError, match="dtype"):
+        dataclasses.replace(SMALL, dtype="int8")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_head_in_integers(tied):
+    model, params = build(TWN, tied=tied)
+    rules = (("embed|head", "int8"), ("kernel", "ternary"))
+    small = bitnet_jax.convert(params, bitnet_jax.Policy(rules), TWN)
+    assert {x.format for x in small.report.leaves} == {"ternary", "int8", "float32"}
+    a, b = model.apply(small.tree, TOKENS), model.apply(params, TOKENS)
+    assert jnp.abs(a - b).max() < 0.05 * jnp.abs(b).max()

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..linen import BitDense
+from ..linen import BitDense, BitEmbed
 from ..quantize import Scheme
 
 Cache = tuple[dict[str, jax.Array], ...]
@@ -34,6 +34,8 @@ class DecoderConfig:
       sub_norms: RMSNorm before the two output projections, as in BitNet.
       tied: the head is the embedding's transpose.
       remat: recompute each block in the backward pass instead of keeping its activations.
+      dtype: what activations are computed in, ``"float32"`` or ``"bfloat16"``; parameters, norms,
+        scales and logits stay in float32.
 
     Raises:
       ValueError: if heads do not divide width, or kv_heads do not divide heads.
@@ -55,6 +57,7 @@ class DecoderConfig:
     sub_norms: bool = False
     tied: bool = True
     remat: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         if self.width % self.heads or self.heads % self.kv_heads or self.head_dim % 2:
@@ -64,10 +67,16 @@ class DecoderConfig:
             )
         if self.activation not in ("silu", "relu2"):
             raise ValueError(f"activation {self.activation!r}: expected 'silu' or 'relu2'")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {self.dtype!r}: expected 'float32' or 'bfloat16'")
 
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    def build(self, scheme: Scheme | None) -> "Decoder":
+        """The network of this shape, float for None."""
+        return Decoder(self, scheme)
 
 
 def rotary(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
@@ -85,12 +94,12 @@ def rotary(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _dense(scheme: Scheme | None):
-    return (
-        functools.partial(nn.Dense, use_bias=False)
-        if scheme is None
-        else functools.partial(BitDense, use_bias=False, scheme=scheme)
-    )
+def _dense(c: DecoderConfig, scheme: Scheme | None):
+    return functools.partial(BitDense, use_bias=False, scheme=scheme, dtype=c.dtype)
+
+
+def _norm(c: DecoderConfig, name: str) -> nn.RMSNorm:
+    return nn.RMSNorm(c.norm_eps, dtype=c.dtype, name=name)
 
 
 class Attention(nn.Module):
@@ -101,7 +110,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, start: jax.Array, cache: dict[str, jax.Array] | None = None):
-        c, dense = self.config, _dense(self.scheme)
+        c, dense = self.config, _dense(self.config, self.scheme)
         batch, length, _ = x.shape
         heads = lambda y: y.reshape(batch, length, -1, c.head_dim)
         query = heads(dense(c.width, name="query")(x))
@@ -118,7 +127,7 @@ class Attention(nn.Module):
         y = jax.nn.dot_product_attention(query, key, value, mask=seen[None, None])
         y = y.reshape(batch, length, c.width)
         if c.sub_norms:
-            y = nn.RMSNorm(c.norm_eps, name="sub_norm")(y)
+            y = _norm(c, "sub_norm")(y)
         return dense(c.width, name="out")(y), cache
 
 
@@ -130,12 +139,12 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c, dense = self.config, _dense(self.scheme)
+        c, dense = self.config, _dense(self.config, self.scheme)
         gate, up = dense(c.hidden, name="gate")(x), dense(c.hidden, name="up")(x)
         act = nn.silu(gate) if c.activation == "silu" else nn.relu(gate) ** 2
         y = act * up
         if c.sub_norms:
-            y = nn.RMSNorm(c.norm_eps, name="sub_norm")(y)
+            y = _norm(c, "sub_norm")(y)
         return dense(c.width, name="down")(y)
 
 
@@ -148,10 +157,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, start: jax.Array, cache: dict[str, jax.Array] | None = None):
         c = self.config
-        y = nn.RMSNorm(c.norm_eps, name="attention_norm")(x)
+        y = _norm(c, "attention_norm")(x)
         y, cache = Attention(c, self.scheme, name="attention")(y, start, cache)
         x = x + y
-        y = nn.RMSNorm(c.norm_eps, name="mlp_norm")(x)
+        y = _norm(c, "mlp_norm")(x)
         return x + MLP(c, self.scheme, name="mlp")(y), cache
 
 
@@ -188,21 +197,19 @@ class Decoder(nn.Module):
           float32 logits (batch, length, vocab_size); with a cache, (logits, updated cache).
         """
         c = self.config
-        embed = nn.Embed(
+        embed = BitEmbed(
             c.vocab_size, c.width, embedding_init=nn.initializers.normal(0.02), name="embed"
         )
-        x, start = embed(tokens).astype(jnp.float32), jnp.asarray(start)
+        x, start = embed(tokens).astype(c.dtype), jnp.asarray(start)
         block = nn.remat(Block) if c.remat else Block
         caches = []
         for i in range(c.layers):
             layer = block(c, self.scheme, name=f"layer_{i}")
             x, updated = layer(x, start, None if cache is None else cache[i])
             caches.append(updated)
-        x = nn.RMSNorm(c.norm_eps, name="norm")(x)
-        if c.tied:
-            logits = x @ embed.embedding.astype(x.dtype).T
-        else:
-            logits = nn.Dense(c.vocab_size, use_bias=False, name="head")(x)
+        x = _norm(c, "norm")(x)
+        logits = embed.attend(x) if c.tied else _dense(c, None)(c.vocab_size, name="head")(x)
+        logits = logits.astype(jnp.float32)
         return logits if cache is None else (logits, tuple(caches))
 
 

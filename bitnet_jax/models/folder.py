@@ -1,39 +1,110 @@
-"""A model folder: packed weights, the model's shape and scheme, its tokenizer."""
+"""A model folder: weights, which network they belong to, its scheme, its tokenizer."""
 
 import dataclasses
+import importlib.util
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import tokenizers
 
 from .. import checkpoint
 from ..errors import BitnetError
 from ..quantize import Scheme
-from .decoder import Decoder, DecoderConfig
+from .decoder import DecoderConfig
 
 TOKENIZER = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelFolder:
-    """A decoder language model with all it needs to read and write text.
+class PythonModule:
+    """A network defined in a Python file of the user's.
+
+    ``file.py:Name``, where ``Name(scheme=...)`` gives a Linen module from tokens (batch, length) to
+    logits (batch, length, vocab): float for ``scheme=None``, ternary for a `Scheme`. A Linen class
+    with a field ``scheme`` is that already.
 
     Attributes:
-      config: shape of the `Decoder`.
+      source: ``path/to/file.py:Name``. The file is run when the network is built.
+    """
+
+    source: str
+
+    def build(self, scheme: Scheme | None) -> nn.Module:
+        """The network, float for None.
+
+        Raises:
+          BitnetError: if the file or the name is not there, or fails.
+        """
+        file, _, name = self.source.rpartition(":")
+        if not file or not name.isidentifier():
+            raise BitnetError(f"--module {self.source}: expected FILE.py:NAME, as in net.py:Net")
+        if not Path(file).is_file():
+            raise BitnetError(f"--module {self.source}: there is no file {file}")
+        try:
+            make = getattr(_import(Path(file).resolve()), name)
+        except AttributeError:
+            raise BitnetError(f"--module {self.source}: {file} defines no {name}") from None
+        except Exception as e:
+            raise BitnetError(f"--module {self.source}: {file} fails: {_line(e)}") from e
+        try:
+            module = make(scheme=scheme)
+        except Exception as e:
+            raise BitnetError(
+                f"--module {self.source}: {name}(scheme=...) fails: {_line(e)}; it must take the "
+                "scheme of its ternary layers, or None for the float network"
+            ) from e
+        if not isinstance(module, nn.Module):
+            raise BitnetError(
+                f"--module {self.source}: {name}(scheme=...) gave {type(module).__name__}, "
+                "not a flax.linen.Module"
+            )
+        return module
+
+
+def _line(e: Exception) -> str:
+    text = str(e).strip().splitlines()
+    return f"{type(e).__name__}: {text[0][:200]}" if text else type(e).__name__
+
+
+def _import(path: Path) -> Any:
+    """Run a Python file as a module, once: its classes must be the same every time."""
+    name = f"_bitnet_user_{abs(hash(str(path)))}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """A language model with all it needs to read and write text.
+
+    Attributes:
+      config: the network: shape of a `Decoder`, or a `PythonModule`.
       scheme: of its ternary layers; None for a float model.
       params: its variables: float, latent or packed.
       tokenizer: text to tokens and back.
     """
 
-    config: DecoderConfig
+    config: DecoderConfig | PythonModule
     scheme: Scheme | None
     params: Any
     tokenizer: tokenizers.Tokenizer
 
     @property
-    def model(self) -> Decoder:
+    def model(self) -> nn.Module:
         """The module that applies ``params``."""
-        return Decoder(self.config, self.scheme)
+        return self.config.build(self.scheme)
 
 
 def save_model(path: str | os.PathLike, folder: ModelFolder) -> None:
@@ -43,7 +114,7 @@ def save_model(path: str | os.PathLike, folder: ModelFolder) -> None:
       BitnetError: as `bitnet_jax.checkpoint.save`.
     """
     metadata = {
-        "model": "decoder",
+        "model": "decoder" if isinstance(folder.config, DecoderConfig) else "module",
         "config": dataclasses.asdict(folder.config),
         "scheme": None if folder.scheme is None else dataclasses.asdict(folder.scheme),
     }
@@ -51,18 +122,26 @@ def save_model(path: str | os.PathLike, folder: ModelFolder) -> None:
     checkpoint.save(path, folder.params, metadata, files)
 
 
-def load_model(path: str | os.PathLike) -> ModelFolder:
+def load_model(path: str | os.PathLike, module: PythonModule | None = None) -> ModelFolder:
     """Read a model folder back, every checksum verified.
 
+    Args:
+      path: the folder.
+      module: the network, for a folder whose network is a Python file of the user's: a folder by
+        itself never makes code run.
+
     Raises:
-      BitnetError: if the folder is damaged or holds no decoder.
+      BitnetError: if the folder is damaged, holds no language model, or needs ``module``.
     """
     stored = checkpoint.load(path)
-    if stored.metadata.get("model") != "decoder" or TOKENIZER not in stored.files:
-        raise BitnetError(f"{path}: holds no decoder with its tokenizer")
+    kind, config = stored.metadata.get("model"), stored.metadata.get("config", {})
+    if kind not in ("decoder", "module") or TOKENIZER not in stored.files:
+        raise BitnetError(f"{path}: holds no language model with its tokenizer")
+    if kind == "module" and module is None:
+        raise BitnetError(f"{path}: needs its network, --module {config['source']}")
     scheme = stored.metadata["scheme"]
     return ModelFolder(
-        DecoderConfig(**stored.metadata["config"]),
+        DecoderConfig(**config) if module is None else module,
         None if scheme is None else Scheme(**scheme),
         stored.tree,
         tokenizers.Tokenizer.from_str(stored.files[TOKENIZER].decode()),

@@ -1,0 +1,146 @@
+"""``demo`` and ``compress``: the main job on our text, and on the user's model and text."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from ..errors import BitnetError
+from .checks import Json
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Train a small language model on this machine's Python source, then make it ternary.
+
+    Measures the float model, converts it, fine-tunes it through the straight-through estimator,
+    packs it, reloads it, verifies it and writes a report. No download; under five minutes on two
+    CPU cores.
+    """
+
+    out: Path | None = None
+    """New folder for the packed model and the report; by default bitnet-demo, or the first of
+    bitnet-demo-2, -3, ... that is free."""
+    epochs: int = 3
+    """Epochs of fine-tuning."""
+    json: Json = None
+    """Also write the report's figures to this file."""
+
+    def __call__(self, console: Console) -> dict:
+        from .. import demo, phase4
+
+        _check_epochs(self.epochs)
+        out = phase4.prepare_output(self.out or _free_folder("bitnet-demo"))
+        job = phase4.Settings(epochs=self.epochs)
+        result = demo.run(out, job=job, console=console)
+        _show(result, out, console)
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Compress:
+    """Make your own language model ternary: measure, convert, fine-tune, pack, verify, report.
+
+    MODEL is a model folder of ours, or PyTorch weights (safetensors, also sharded, or .pt) together
+    with the network they are for, --module net.py:Net: a flax.linen module from tokens to logits
+    whose ternary layers take a ``scheme``.
+    """
+
+    model: tyro.conf.Positional[Path]
+    """The full-precision model."""
+    data: Annotated[Path, tyro.conf.arg(metavar="PATH")]
+    """Text to fine-tune and measure on: a file, a folder, or .jsonl with the key text. A tenth of
+    it is held out."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """New folder for the packed model (DIR/packed), the float one (DIR/float32) and the report."""
+    scheme: Literal["twn", "absmean", "threshold", "int8", "int4"] = "twn"
+    """How weights become codes: twn (lost least in our runs), absmean (BitNet b1.58), threshold
+    (the Phase 4 seed), or 8-bit or 4-bit integers for small models."""
+    scale: Annotated[str | None, tyro.conf.arg(metavar="tensor|channel|N")] = None
+    """What shares a scale: the tensor, each output channel, or N consecutive inputs of an output.
+    By default channel, and 32 for int4."""
+    embeddings: Literal["float32", "float16", "int8", "int4"] = "float16"
+    """What embeddings and head are kept in."""
+    epochs: int = 3
+    """Epochs of fine-tuning."""
+    max_loss: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None
+    """Exit with status 1 if the packed model loses more than this share of the accuracy: 0.05 and 5
+    both mean 5 %. The model is written all the same."""
+    module: Annotated[str | None, tyro.conf.arg(metavar="FILE.py:NAME")] = None
+    """The network the weights are for; the file is run."""
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """A tokenizer.json, or bytes; by default the one beside the weights."""
+    batch: int = 8
+    """Windows of text a step, or a microbatch of it."""
+    length: int = 128
+    """Tokens a window."""
+    learning_rate: float = 2e-3
+    """Peak; decays to zero."""
+    compare: bool = True
+    """Also continue the float model on the same text, the honest yardstick."""
+    seed: int = 0
+    """Fixes the order of the text and the sampling."""
+    json: Json = None
+    """Also write the report's figures to this file."""
+
+    def __call__(self, console: Console) -> dict:
+        from .. import compress, phase4
+
+        _check_epochs(self.epochs)
+        bound = _share(self.max_loss)
+        for name in ("batch", "length"):
+            if getattr(self, name) < 1:
+                raise BitnetError(f"--{name} {getattr(self, name)}: must be 1 or more")
+        scale = int(self.scale) if self.scale and self.scale.isdigit() else self.scale
+        settings = phase4.Settings(
+            scheme=compress.make_scheme(self.scheme, scale),
+            policy=compress.make_policy(self.embeddings),
+            epochs=self.epochs,
+            batch=self.batch,
+            learning_rate=self.learning_rate,
+            compare=self.compare,
+            seed=self.seed,
+        )
+        phase4.check_output(self.out)
+        with console.status("reading model and text", spinner="line"):
+            source = compress.load_source(self.model, self.module, self.tokenizer)
+            text = compress.load_text(self.data, source, self.length)
+        phase4.prepare_output(self.out)
+        result = compress.run(source, text, self.out, settings, console)
+        _show(result, self.out, console)
+        lost = result["relative_accuracy_loss"]
+        if bound is not None and lost > bound:
+            told = f"lost {100 * lost:.2f} % of the accuracy, --max-loss allows {100 * bound:.2f} %"
+            return result | {"failed": f"{told}; the model and its report are in {self.out}"}
+        return result
+
+
+def _check_epochs(epochs: int) -> None:
+    if epochs < 1:
+        raise BitnetError(f"--epochs {epochs}: fine-tuning needs at least 1")
+
+
+def _share(bound: float | None) -> float | None:
+    """A share of 0.05 or 5 %: nobody means a bound of 100 % or more."""
+    if bound is None:
+        return None
+    if not 0 <= bound < 100:
+        raise BitnetError(f"--max-loss {bound}: give a share such as 0.05, or percent such as 5")
+    return bound if bound < 1 else bound / 100
+
+
+def _show(result: dict, out: Path, console: Console) -> None:
+    from .. import report
+
+    console.print()
+    console.print(report.text(result, console.width), markup=False, highlight=False, end="")
+    console.print(f"\nPacked model: {out / 'packed'}    report: {out / 'report.txt'} and .png")
+
+
+def _free_folder(name: str) -> Path:
+    n = 1
+    while (path := Path(name if n == 1 else f"{name}-{n}")).exists():
+        n += 1
+    return path

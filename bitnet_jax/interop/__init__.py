@@ -1,0 +1,1 @@
+"""Foreign files to our trees and back."""
