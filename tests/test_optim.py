@@ -67,11 +67,12 @@ def test_label_by_path_and_shape(path, shape, label):
     assert jax.tree.leaves(labels({"params": params})) == [label]
 
 
-def test_labels_look_through_flax_boxes():
+@pytest.mark.parametrize("options", [{}, {"lamb": 1.0, "ste": True, "normuon": 0.95}])
+def test_labels_look_through_flax_boxes(options):
     init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
     params = nn.Dense(32, kernel_init=init).init(jax.random.key(0), jnp.ones((1, 16)))
     assert sorted(jax.tree.leaves(labels(params))) == ["muon", "plain"]
-    optimizer = mugrokfast(1e-2)
+    optimizer = mugrokfast(1e-2, **options)
     step = lambda p: optimizer.update(p, optimizer.init(p), p)[0]
     assert jax.tree.structure(jax.eval_shape(step, params)) == jax.tree.structure(params)
 
