@@ -121,9 +121,11 @@ def test_last_in_a_chain_it_acts_on_the_stepped_parameters_and_on_nothing_else()
     plain = mugrokfast(1e-2)
     chain = optax.chain(plain, qk_clip(1.0, scheme=CHANNEL))
     logits = {"layer_1/attention": jnp.array([16.0, 0.5, 1.0, 4.0])}
-    step = jax.jit(lambda g, s, p: chain.update(g, s, p, max_logits=logits))
-    updates, _ = step(grads, chain.init(params), params)
-    without, _ = plain.update(grads, plain.init(params), params)
+    step = jax.jit(
+        lambda logits: chain.update(grads, chain.init(params), params, max_logits=logits)
+    )
+    updates, _ = step(logits)
+    without, _ = jax.jit(plain.update)(grads, plain.init(params), params)
     got, want = (optax.apply_updates(params, u)["params"] for u in (updates, without))
     factors = {"query": [0.25, 4.0, 2.0, 0.5], "key": [0.25, 0.5]}
     for name, factor in factors.items():
@@ -131,7 +133,7 @@ def test_last_in_a_chain_it_acts_on_the_stepped_parameters_and_on_nothing_else()
         want["layer_1"]["attention"][name]["kernel"] = kernel * np.repeat(factor, 8)
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
     nested = {"params": {"layer_1": {"attention": logits["layer_1/attention"]}}}
-    again, _ = chain.update(grads, chain.init(params), params, max_logits=nested)
+    again, _ = step(nested)
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-6), again, updates)
 
 
