@@ -20,7 +20,12 @@ from .train.data import encode, windows
 from .train.text import byte_tokenizer, read_text
 
 
-def load_source(path: Path, module: str | None = None, tokenizer: str | None = None) -> ModelFolder:
+def load_source(
+    path: Path,
+    module: str | None = None,
+    tokenizer: str | None = None,
+    console: Console | None = None,
+) -> ModelFolder:
     """A language model from whatever the user has.
 
     Args:
@@ -28,6 +33,7 @@ def load_source(path: Path, module: str | None = None, tokenizer: str | None = N
         checkpoint of ours without a network, with ``module``.
       module: ``file.py:Name``, the Linen network the weights are for, see `PythonModule`.
       tokenizer: a ``tokenizer.json``, or ``"bytes"``; by default the one beside the weights.
+      console: where to say which tensors were used, tied and left over.
 
     Raises:
       BitnetError: if files are missing or damaged, or weights and network do not fit.
@@ -47,6 +53,8 @@ def load_source(path: Path, module: str | None = None, tokenizer: str | None = N
     network = _needed(path, network)
     shapes = _shapes(network)
     imported = from_torch(path, like=shapes)
+    for line in imported.report.lines() if console else []:
+        console.print(line, highlight=False)  # pyright: ignore[reportOptionalMemberAccess]
     return ModelFolder(network, None, imported.tree, _tokenizer(path, tokenizer))
 
 

@@ -400,7 +400,7 @@ def test_weights_that_do_not_fit():
     refused(change(), "reads? a picture", flatten={"out": (3, 4, 4)})
     refused(change(), "matches no weight", flatten={"nothing": (3, 4, 4)})
     state = {f"{p}.weight": np.ones((6, 6)) for p in ("query", "key", "value", "out")}
-    refused(state, "4 heads do not divide its 6 features", heads=4)
+    refused(state, "6 features, which 4 heads do not divide", heads=4)
 
 
 def test_the_reader_alone():

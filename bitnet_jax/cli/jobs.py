@@ -105,7 +105,7 @@ class Compress:
         )
         phase4.check_output(self.out)
         with console.status("reading model and text", spinner="line"):
-            source = compress.load_source(self.model, self.module, self.tokenizer)
+            source = compress.load_source(self.model, self.module, self.tokenizer, console)
             text = compress.load_text(self.data, source, self.length)
         phase4.prepare_output(self.out)
         result = compress.run(source, text, self.out, settings, console)
