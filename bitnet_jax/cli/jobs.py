@@ -21,8 +21,7 @@ class Demo:
     """
 
     out: Path | None = None
-    """New folder for the packed model and the report; by default bitnet-demo, or the first of
-    bitnet-demo-2, -3, ... that is free."""
+    """New folder for model and report; by default bitnet-demo, or bitnet-demo-2, -3, ..."""
     epochs: int = 3
     """Epochs of fine-tuning."""
     json: Json = None
@@ -45,29 +44,25 @@ class Compress:
 
     MODEL is a model folder of ours, or PyTorch weights (safetensors, also sharded, or .pt) together
     with the network they are for, --module net.py:Net: a flax.linen module from tokens to logits
-    whose ternary layers take a ``scheme``.
+    whose ternary layers take a scheme.
     """
 
     model: tyro.conf.Positional[Path]
     """The full-precision model."""
     data: Annotated[Path, tyro.conf.arg(metavar="PATH")]
-    """Text to fine-tune and measure on: a file, a folder, or .jsonl with the key text. A tenth of
-    it is held out."""
+    """Text: a file, a folder, or .jsonl with the key text. A tenth is held out to measure on."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """New folder for the packed model (DIR/packed), the float one (DIR/float32) and the report."""
+    """New folder: the packed model in DIR/packed, the float one in DIR/float32, the report."""
     scheme: Literal["twn", "absmean", "threshold", "int8", "int4"] = "twn"
-    """How weights become codes: twn (lost least in our runs), absmean (BitNet b1.58), threshold
-    (the Phase 4 seed), or 8-bit or 4-bit integers for small models."""
+    """How weights become codes: ternary (twn lost least in our runs), or integers."""
     scale: Annotated[str | None, tyro.conf.arg(metavar="tensor|channel|N")] = None
-    """What shares a scale: the tensor, each output channel, or N consecutive inputs of an output.
-    By default channel, and 32 for int4."""
+    """What shares a scale; N are consecutive inputs of an output. By default channel, int4: 32."""
     embeddings: Literal["float32", "float16", "int8", "int4"] = "float16"
     """What embeddings and head are kept in."""
     epochs: int = 3
     """Epochs of fine-tuning."""
     max_loss: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None
-    """Exit with status 1 if the packed model loses more than this share of the accuracy: 0.05 and 5
-    both mean 5 %. The model is written all the same."""
+    """Exit with 1 if more of the accuracy is lost: 0.05 and 5 mean 5 %. The model is kept."""
     module: Annotated[str | None, tyro.conf.arg(metavar="FILE.py:NAME")] = None
     """The network the weights are for; the file is run."""
     tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None

@@ -26,8 +26,7 @@ class Eval:
     data: Annotated[Path, tyro.conf.arg(metavar="PATH")]
     """Text: a file or a folder. Measured is the tenth that compress holds out."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="MODEL")] = None
-    """Another model with the same tokens, the float one say: how often both find the same token
-    likeliest, and how far their distributions are apart."""
+    """Another model with the same tokens to agree with, the float one say."""
     module: Module = None
     """The network the weights are for, as for compress."""
     tokenizer: Tokenizer = None
