@@ -14,7 +14,7 @@ import optax
 from rich.console import Console
 
 from . import checkpoint, report
-from .convert import Policy, Report, check_finite, convert
+from .convert import Policy, Report, check_finite, convert, prequantize
 from .errors import BitnetError
 from .models.decoder import Decoder
 from .models.folder import ModelFolder, load_model, save_model
@@ -22,6 +22,7 @@ from .models.generate import generate
 from .optim import adamw, mugrokfast
 from .quantize import Scheme
 from .train.data import steps_per_epoch
+from .train.distill import distillation
 from .train.evaluate import evaluate
 from .train.loop import Fit, fit
 
@@ -37,7 +38,11 @@ class Settings:
         in our first tries at this budget.
       policy: which leaves become ternary and what the others are kept in.
       epochs: passes over the text of fine-tuning through the straight-through estimator.
-      batch: windows of text a step.
+      batch: windows of text in memory at once.
+      accumulate: batches whose gradients are averaged for one step.
+      patience: epochs without a lower held-out loss after which a training stops; None for never.
+      distill: weight of the float model's distribution in the loss of fine-tuning, 0..1.
+      temperature: of both distributions then.
       optimizer: AdamW by default: on the demo it came as far a step as Muon, in 0.6 of its time.
       learning_rate: peak for the ternary model; decays to zero.
       float_learning_rate: peak for the float model that is continued beside it.
@@ -50,6 +55,10 @@ class Settings:
     policy: Policy = Policy()
     epochs: int = 3
     batch: int = 8
+    accumulate: int = 1
+    patience: int | None = None
+    distill: float = 0.0
+    temperature: float = 2.0
     optimizer: Literal["adamw", "mugrokfast"] = "adamw"
     learning_rate: float = 2e-3
     float_learning_rate: float = 1e-3
@@ -99,7 +108,7 @@ def run(
     say, busy = screen.print, functools.partial(screen.status, spinner="line")
     started = time.perf_counter()
     check_finite(source.params)
-    steps_per_epoch(text, settings.batch)
+    steps_per_epoch(text, settings.batch * settings.accumulate)
     float_model = Decoder(source.config)
     ternary_model = Decoder(source.config, settings.scheme)
 
@@ -126,12 +135,12 @@ def run(
         conversion, reloaded, same = _pack(source, tuned.params, held_out, out, settings)
         scores["packed"] = evaluate(reloaded.model, reloaded.params, held_out, settings.batch)
 
-    steps = len(text) // settings.batch * settings.epochs
+    windows = tuned.steps * settings.batch * settings.accumulate
     result = {
         "scheme": dataclasses.asdict(settings.scheme),
         "epochs": settings.epochs,
         "tokens": {
-            "fine_tuning": steps * settings.batch * (text.shape[1] - 1),
+            "fine_tuning": windows * (text.shape[1] - 1),
             "held_out": scores["float"]["tokens"],
         },
         "scores": scores,
@@ -182,10 +191,12 @@ def _fine_tune(
     console: Console | None,
 ) -> tuple[Fit, Fit | None]:
     """The ternary model and, to compare, the float one, on the same tokens in the same order."""
-    steps = len(text) // settings.batch * settings.epochs
+    steps = steps_per_epoch(text, settings.batch * settings.accumulate) * settings.epochs
     common: dict[str, Any] = {
         "epochs": settings.epochs,
         "batch": settings.batch,
+        "accumulate": settings.accumulate,
+        "patience": settings.patience,
         "seed": settings.seed,
         "held_out": held_out,
         "log": out / "metrics.jsonl",
@@ -197,6 +208,13 @@ def _fine_tune(
         fine_tuner(settings, settings.learning_rate, steps),
         text,
         stage="fine-tune ternary",
+        loss=distillation(
+            Decoder(source.config),
+            source.params,
+            temperature=settings.temperature,
+            mixing=settings.distill,
+        ),
+        prequantize=lambda latent: prequantize(latent, settings.policy, settings.scheme),
         keep=out / "latent",
         **common,
     )
