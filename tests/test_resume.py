@@ -95,12 +95,14 @@ def test_a_training_stopped_anywhere_ends_with_the_same_bytes(kind, tmp_path):
 
 
 def weak():
-    """Scales by a state that starts, and comes out of every step, as a weakly typed number."""
-    init = lambda params: jnp.asarray(1.0)
-    update = lambda updates, state, params=None: (
-        jax.tree.map(lambda g: g * state, updates), jnp.where(state > 0.5, 0.75, 1.0)
-    )  # fmt: skip
-    return optax.GradientTransformation(init, update)
+    """Scales by a weakly typed number: times bfloat16 it gives bfloat16, a strong one float32."""
+
+    def update(updates, state, params=None):
+        half = jax.tree.map(lambda g: g.astype(jnp.bfloat16) * state, updates)
+        scaled = jax.tree.map(lambda h, g: h.astype(g.dtype), half, updates)
+        return scaled, jnp.where(state > 0.5, 0.7, 0.8)
+
+    return optax.GradientTransformation(lambda params: jnp.asarray(0.8), update)
 
 
 def test_patience_and_the_best_are_remembered(tmp_path):
