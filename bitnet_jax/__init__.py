@@ -1,7 +1,6 @@
 """1.58-bit (ternary) networks in JAX: train, convert, pack and run them."""
 
 from . import nnx as nnx
-from .convert import Policy as Policy
 from .convert import convert as convert
 from .convert import dequantise as dequantise
 from .convert import pack as pack
@@ -19,6 +18,7 @@ from .linen import BitDense as BitDense
 from .linen import BitDenseGeneral as BitDenseGeneral
 from .linen import BitEmbed as BitEmbed
 from .nnx import BitLinear as BitLinear
+from .policy import Policy as Policy
 from .quantize import Scheme as Scheme
 from .quantize import dequantize as dequantize
 from .quantize import quantize_activations as quantize_activations

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from .convert import Policy, convert
+from .convert import convert
 from .models.folder import ModelFolder
+from .policy import Policy
 from .quantize import Scheme
 from .train.evaluate import evaluate
 
@@ -45,11 +46,11 @@ def sentence(result: dict) -> str:
         return ""
     float_accuracy = result["scores"]["float"]["accuracy"]
     told = ", ".join(
-        f"{name} loses {100 * (1 - x['accuracy'] / float_accuracy):.2f} % at {x['ratio']:.1f}x "
+        f"{name} {100 * (x['accuracy'] / float_accuracy - 1):+.2f} % accuracy, {x['ratio']:.1f}x "
         "smaller arrays"
         for name, x in result["alternatives"].items()
     )
     return (
-        f"Below 5 million parameters ({result['parameters']:,} here) int8 or int4 may serve better:"
-        f" without any training {told}. --scheme int8 or int4 makes them."
+        f"Below 5 million parameters ({result['parameters']:,} here) int8 or int4 may serve better;"
+        f" without any training: {told}. --scheme int8 or int4 makes them."
     )

@@ -228,6 +228,11 @@ def _present(path: str | os.PathLike) -> Path:
     return path if path.exists() else next(iter(_left(path, "replaced")), path)
 
 
+def exists(path: str | os.PathLike) -> bool:
+    """Whether there is a folder to `load`, aside from a killed save included."""
+    return _present(path).exists()
+
+
 def read_manifest(path: str | os.PathLike) -> dict:
     """A checkpoint's manifest: version, ternary leaves, checksums and the caller's metadata.
 

@@ -11,10 +11,11 @@ import tokenizers
 from rich.console import Console
 
 from . import checkpoint, phase4
-from .convert import DEFAULT_RULES, Policy, path_name
+from .convert import keep_what_layers_refuse, path_name
 from .errors import BitnetError
 from .interop.torch import from_torch
 from .models.folder import TOKENIZER, ModelFolder, PythonModule, load_model
+from .policy import DEFAULT_RULES, Policy
 from .quantize import Scheme
 from .train.data import encode, windows
 from .train.text import byte_tokenizer, read_text
@@ -105,6 +106,20 @@ def _tokenizer(path: Path, given: str | None) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:
         raise BitnetError(f"{file}: is no tokenizer of the tokenizers library") from e
+
+
+def computed_in(source: ModelFolder, dtype: str) -> ModelFolder:
+    """The same model with its activations in another dtype.
+
+    Raises:
+      BitnetError: for a network of the user's, which has its own way to say that.
+    """
+    if isinstance(source.config, PythonModule):
+        if dtype != "float32":
+            raise BitnetError(f"--dtype {dtype}: set it in {source.config.source} itself")
+        return source
+    config = dataclasses.replace(source.config, dtype=dtype)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(source, config=config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +228,16 @@ def run(
     if source.scheme is not None:
         raise BitnetError("the model is ternary already; give the float model it was made from")
     screen = console or Console(quiet=True)
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    policy, refused = keep_what_layers_refuse(
+        lambda params: source.config.build(settings.scheme).apply(params, tokens),
+        source.params,
+        settings.policy,
+        settings.scheme,
+    )
+    settings = dataclasses.replace(settings, policy=policy)
+    for name in refused:
+        screen.print(f"[yellow]kept in float16: {name}[/] (its layer takes no packed leaf)")
     size = sum(x.size for x in jax.tree.leaves(source.params.get("params", source.params)))
     screen.print(
         f"[bold]model[/] {size:,} parameters   [bold]text[/] {text.name}: "

@@ -13,81 +13,10 @@ import numpy as np
 from .errors import BitnetError
 from .leaf import Packed, PackedTernary, Prequantized, Quantized, Ternary, is_quantized
 from .packed import pack_weight, unpack_weight
+from .policy import FLOATS, Policy, place, quantized_format, scheme_of
 from .quantize import Scheme, dequantize, quantize_weights
 
 Tree = Any
-
-FLOATS = ("float32", "float16", "bfloat16")
-FORMATS = ("ternary", "ternary-stack", "int8", "int4", *FLOATS)
-# One scale for 32 inputs keeps an outlier among 4-bit weights from flattening a whole column.
-_INT4_GROUP = 32
-
-# What the Phase 4 seed asks for: embeddings, head, norms and biases stay in float16, attention and
-# MLP matrices become ternary. In Flax a matrix that multiplies is always called `kernel`.
-DEFAULT_RULES = (
-    (r"(^|/)(\w*embed\w*|wte|wpe)(/|$)", "float16"),
-    (r"(^|/)(lm_)?head(/|$)", "float16"),
-    (r"(^|/)(\w*norm\w*|ln\w*)(/|$)", "float16"),
-    (r"(^|/)(bias|scale)$", "float16"),
-    (r"(^|/)kernel$", "ternary"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """Which leaves become ternary, and what format the others are kept in.
-
-    Args:
-      rules: pairs (pattern, format), tried in order on the leaf's path (``layer_0/mlp/up/kernel``)
-        with `re.search`; the first that matches decides. Formats: ``"ternary"`` for a matrix
-        (in, out); ``"ternary-stack"`` for matrices (..., in, out) stacked by scan; ``"int8"`` (one
-        scale an output) and ``"int4"`` (one for 32 inputs of an output), with one scale a row
-        for embedding tables; or the float dtype to keep, ``"float32"``, ``"float16"``,
-        ``"bfloat16"``.
-      inputs: pairs (pattern, number of leading axes that are inputs), for kernels with more than
-        two axes: 1 for an attention's query (in, heads, head_dim), 2 for its out (heads, head_dim,
-        out). Their axes look like a stack's, so they are not guessed.
-
-    A leaf that no rule matches is kept unchanged; if it has two axes or more it is listed in
-    `Report.unmatched`, so that no matrix stays large without a word.
-
-    Raises:
-      ValueError: for an unknown format or a pattern that is no regular expression.
-
-    >>> Policy().format_of("layer_0/attention/query/kernel"), Policy().format_of("embed/embedding")
-    ('ternary', 'float16')
-    >>> Policy((("mlp/.*kernel", "ternary"),)).format_of("head/kernel") is None
-    True
-    """
-
-    rules: tuple[tuple[str, str], ...] = DEFAULT_RULES
-    inputs: tuple[tuple[str, int], ...] = ()
-
-    def __post_init__(self):
-        for pattern, format in self.rules:
-            if format not in FORMATS:
-                raise ValueError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
-            _check_pattern(pattern)
-        for pattern, count in self.inputs:
-            if not count > 0:
-                raise ValueError(f"inputs of {pattern!r}: expected 1 or more axes, got {count}")
-            _check_pattern(pattern)
-
-    def format_of(self, path: str) -> str | None:
-        """The format the first matching rule gives this path, or None."""
-        return next((f for pattern, f in self.rules if re.search(pattern, path)), None)
-
-    def inputs_of(self, path: str, ndim: int) -> int | None:
-        """How many leading axes of a kernel are inputs, None if that is not known."""
-        known = (n for pattern, n in self.inputs if re.search(pattern, path))
-        return next(known, 1 if ndim == 2 else None)
-
-
-def _check_pattern(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as e:
-        raise ValueError(f"pattern {pattern!r}: {e}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,36 +102,6 @@ def check_finite(params: Tree) -> None:
             )
 
 
-def _place(path: str, x: jax.Array, policy: Policy) -> tuple[str | None, str]:
-    """The format a leaf takes, None to keep it, and why if the reason is not the policy's own."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return None, ""
-    format = policy.format_of(path)
-    if format is None:
-        return None, "no rule matches"
-    if format == "ternary-stack" and x.ndim < 2:
-        return None, f"has {x.ndim} axes; 'ternary-stack' takes 2 or more"
-    if format in ("ternary", "int8", "int4"):
-        inputs = policy.inputs_of(path, x.ndim)
-        if inputs is None or not inputs < x.ndim:
-            return None, (
-                f"has {x.ndim} axes; say in Policy(inputs=...) how many are inputs "
-                "(or 'ternary-stack')"
-            )
-    if format == "float16" and float(jnp.abs(x).max(initial=0)) > float(jnp.finfo("float16").max):
-        return None, "outgrows float16"
-    return format, ""
-
-
-def _scheme_of(format: str, path: str, scheme: Scheme) -> Scheme:
-    """The scheme of a format: the caller's for ternary ones; tables have a scale a row."""
-    if format.startswith("ternary"):
-        return scheme
-    if path.rsplit("/", 1)[-1] == "embedding":
-        return Scheme(format, "row")  # pyright: ignore[reportArgumentType]
-    return Scheme("int8", "channel") if format == "int8" else Scheme("int4", _INT4_GROUP)
-
-
 def quantize_kernel(w: jax.Array, scheme: Scheme, inputs: int | None = None) -> Quantized:
     """Quantise a kernel of any number of axes, as the matrix (inputs, outputs) that it is.
 
@@ -224,7 +123,7 @@ def quantize_kernel(w: jax.Array, scheme: Scheme, inputs: int | None = None) -> 
 
 def _kernel(x: jax.Array, path: str, format: str, policy: Policy, scheme: Scheme) -> Quantized:
     inputs = None if format == "ternary-stack" else policy.inputs_of(path, x.ndim)
-    return _quantize_kernel(x, _scheme_of(format, path, scheme), inputs)
+    return _quantize_kernel(x, scheme_of(format, path, scheme), inputs)
 
 
 _quantize_kernel = jax.jit(quantize_kernel, static_argnums=(1, 2))
@@ -253,7 +152,7 @@ def ternarise(params: Tree, policy: Policy = Policy(), scheme: Scheme = Scheme()
 
     def one(path, x):
         name = path_name(path)
-        format, _ = _place(name, x, policy)
+        format, _ = place(name, x, policy)
         if format is None:
             return x
         return x.astype(format) if format in FLOATS else _kernel(x, name, format, policy, scheme)
@@ -278,13 +177,57 @@ def prequantize(params: Tree, policy: Policy = Policy(), scheme: Scheme = Scheme
 
     def one(path, x):
         name = path_name(path)
-        format = policy.format_of(name) or ""
-        inputs = policy.inputs_of(name, x.ndim)
-        if format == "ternary-stack" or (format == "ternary" and inputs and inputs < x.ndim):
-            return _kernel(jax.lax.stop_gradient(x), name, format, policy, scheme)
-        return None
+        format = quantized_format(name, x, policy)
+        if not format.startswith("ternary"):
+            return None
+        return _kernel(jax.lax.stop_gradient(x), name, format, policy, scheme)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def keep_what_layers_refuse(
+    apply: Callable, params: Tree, policy: Policy, scheme: Scheme
+) -> tuple[Policy, tuple[str, ...]]:
+    """A policy that leaves in float the matrices whose layers take no packed leaf.
+
+    A network of the user's may have plain layers (``nn.Dense``) among those that take leaves
+    (`BitDense`). Nothing is computed: the network is only traced.
+
+    Args:
+      apply: params -> anything, the network on some input.
+      params: its variables.
+      policy, scheme: as for `convert`.
+
+    Returns:
+      The policy, with a rule ``"float16"`` in front for each such leaf, and their paths.
+
+    >>> import flax.linen as nn
+    >>> apply = lambda v: nn.Dense(4).apply(v, jnp.ones((1, 4)))
+    >>> keep_what_layers_refuse(apply, {"params": {"kernel": jnp.eye(4)}}, Policy(), Scheme())[1]
+    ('kernel',)
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = [path_name(path) for path, _ in leaves]
+    plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in leaves]
+    packed: dict[int, Packed] = {}
+    for i, (name, x) in enumerate(zip(names, plain)):
+        if format := quantized_format(name, x, policy):
+            one = lambda x, n=name, f=format: pack_weight(_kernel(x, n, f, policy, scheme))
+            packed[i] = jax.eval_shape(one, x)
+
+    def runs(chosen: dict[int, Packed]) -> bool:
+        tree = structure.unflatten([chosen.get(i, x) for i, x in enumerate(plain)])
+        try:
+            jax.eval_shape(apply, tree)
+        except Exception:
+            return False
+        return True
+
+    if runs(packed):
+        return policy, ()
+    refused = tuple(names[i] for i, leaf in packed.items() if not runs({i: leaf}))
+    rules = tuple((f"^{re.escape(name)}$", "float16") for name in refused)
+    return dataclasses.replace(policy, rules=rules + policy.rules), refused
 
 
 def attach(params: Tree, weights: Tree) -> Tree:
@@ -346,7 +289,7 @@ def report(before: Tree, after: Tree, policy: Policy = Policy()) -> Report:
 
 
 def _leaf_report(path: str, x: jax.Array, y: Any, policy: Policy) -> LeafReport:
-    _, note = _place(path, x, policy)
+    _, note = place(path, x, policy)
     if not is_quantized(y):
         return LeafReport(path, x.shape, str(y.dtype), x.nbytes, y.nbytes, note=note)
     return LeafReport(path, x.shape, format_name(y), x.nbytes, y.nbytes, *code_counts(y))

@@ -13,6 +13,7 @@ from . import phase4
 from .models.decoder import Decoder, DecoderConfig
 from .models.folder import ModelFolder
 from .optim import mugrokfast
+from .output import write_json
 from .train import data
 from .train.loop import fit
 
@@ -117,5 +118,5 @@ def run(
     )
     result |= {"corpus": corpus.name}
     result["seconds"]["total"] = round(time.perf_counter() - started, 1)
-    phase4.write_json(out / "report.json", result)
+    write_json(out / "report.json", result)
     return result

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +14,16 @@ import optax
 from rich.console import Console
 
 from . import advice, checkpoint, report
-from .convert import Policy, Report, check_finite, convert
+from .convert import Report, check_finite, convert, prequantize
 from .errors import BitnetError
 from .models.folder import ModelFolder, PythonModule, load_model, save_model
 from .models.generate import Sampling, stream
 from .optim import adamw, mugrokfast
+from .output import RESUME
+from .policy import Policy
 from .quantize import Scheme
 from .train.data import steps_per_epoch
+from .train.distill import distillation
 from .train.evaluate import evaluate
 from .train.loop import Fit, fit
 
@@ -36,7 +39,11 @@ class Settings:
         in our first tries at this budget.
       policy: which leaves become ternary and what the others are kept in.
       epochs: passes over the text of fine-tuning through the straight-through estimator.
-      batch: windows of text a step.
+      batch: windows of text in memory at once.
+      accumulate: batches whose gradients are averaged for one step.
+      patience: epochs without a lower held-out loss after which a training stops; None for never.
+      distill: weight of the float model's distribution in the loss of fine-tuning, 0..1.
+      temperature: of both distributions then.
       optimizer: AdamW by default: on the demo it came as far a step as Muon, in 0.6 of its time.
       learning_rate: peak for the ternary model; decays to zero.
       float_learning_rate: peak for the float model that is continued beside it.
@@ -49,6 +56,10 @@ class Settings:
     policy: Policy = Policy()
     epochs: int = 3
     batch: int = 8
+    accumulate: int = 1
+    patience: int | None = None
+    distill: float = 0.0
+    temperature: float = 2.0
     optimizer: Literal["adamw", "mugrokfast"] = "adamw"
     learning_rate: float = 2e-3
     float_learning_rate: float = 1e-3
@@ -80,7 +91,9 @@ def run(
       source: the float model (its ``scheme`` is None), a `Decoder` or a network of the user's.
       text: windows (n, length + 1) of tokens to fine-tune on.
       held_out: windows to measure on, of documents the model never trains on.
-      out: an existing folder; gets ``packed/``, ``float32/``, ``metrics.jsonl``, the report.
+      out: an existing folder; gets ``packed/``, ``float32/``, ``latent/`` (the weights to train
+        on from), ``metrics.jsonl`` and the report. A job that was killed goes on in its folder,
+        with the same result, if it is run again with the same arguments.
       settings: see `Settings`.
       prompt: what the sample of generated text continues.
       console: where progress is shown; None for silence.
@@ -98,7 +111,7 @@ def run(
     say, busy = screen.print, functools.partial(screen.status, spinner="line")
     started = time.perf_counter()
     check_finite(source.params)
-    steps_per_epoch(text, settings.batch)
+    steps_per_epoch(text, settings.batch * settings.accumulate)
     float_model = source.config.build(None)
     ternary_model = source.config.build(settings.scheme)
     size = sum(x.size for x in jax.tree.leaves(source.params))
@@ -106,6 +119,8 @@ def run(
     say("[bold]1 measure[/] the float model on held-out text")
     with busy("measuring"):
         scores = {"float": evaluate(float_model, source.params, held_out, settings.batch)}
+    if not scores["float"]["accuracy"]:
+        raise BitnetError("the float model guesses no token right; train it before converting it")
 
     say("[bold]2 plan and convert[/]")
     first = convert(source.params, settings.policy, settings.scheme)
@@ -116,7 +131,7 @@ def run(
         if size < advice.SMALL and settings.scheme.rule not in ("int8", "int4"):
             others = advice.alternatives(source, held_out, settings.policy, settings.batch)
 
-    say(f"[bold]3 fine-tune[/], {settings.epochs} epochs through the straight-through estimator")
+    say(f"[bold]3 fine-tune[/], epochs: {settings.epochs}, through the straight-through estimator")
     tuned, continued = _fine_tune(source, text, held_out, out, settings, console)
     for name, fitted in (("float_continued", continued), ("fine_tuned", tuned)):
         model = ternary_model if fitted is tuned else float_model
@@ -129,14 +144,14 @@ def run(
         conversion, reloaded, same = _pack(source, tuned.params, held_out, out, settings)
         scores["packed"] = evaluate(reloaded.model, reloaded.params, held_out, settings.batch)
 
-    steps = len(text) // settings.batch * settings.epochs
+    windows = tuned.steps * settings.batch * settings.accumulate
     result = {
         "scheme": dataclasses.asdict(settings.scheme),
         "parameters": size,
         "alternatives": others,
         "epochs": settings.epochs,
         "tokens": {
-            "fine_tuning": steps * settings.batch * (text.shape[1] - 1),
+            "fine_tuning": windows * (text.shape[1] - 1),
             "held_out": scores["float"]["tokens"],
         },
         "scores": scores,
@@ -149,6 +164,7 @@ def run(
     }
     curves = (history or []) + tuned.history + (continued.history if continued else [])
     report.write(out, result, curves, tuned.params, reloaded.params)
+    shutil.rmtree(out / RESUME, ignore_errors=True)
     return result
 
 
@@ -162,9 +178,9 @@ def _pack(
     """
     packed = convert(latent, settings.policy, settings.scheme)
     ternary = dataclasses.replace(source, scheme=settings.scheme, params=packed.tree)
-    save_model(out / "packed", ternary)
+    save_model(out / "packed", ternary, overwrite=True)
     full = jax.tree.map(_float32, source.params)
-    save_model(out / "float32", dataclasses.replace(source, params=full))
+    save_model(out / "float32", dataclasses.replace(source, params=full), overwrite=True)
     module = source.config if isinstance(source.config, PythonModule) else None
     reloaded = load_model(out / "packed", module)
     if not (same := _same_logits(ternary, reloaded, held_out)):
@@ -189,24 +205,38 @@ def _fine_tune(
     console: Console | None,
 ) -> tuple[Fit, Fit | None]:
     """The ternary model and, to compare, the float one, on the same tokens in the same order."""
-    steps = len(text) // settings.batch * settings.epochs
+    steps = steps_per_epoch(text, settings.batch * settings.accumulate) * settings.epochs
     common: dict[str, Any] = {
         "epochs": settings.epochs,
         "batch": settings.batch,
+        "accumulate": settings.accumulate,
+        "patience": settings.patience,
         "seed": settings.seed,
         "held_out": held_out,
         "log": out / "metrics.jsonl",
         "console": console,
     }
+    once = lambda latent: prequantize(latent, settings.policy, settings.scheme)
     tuned = fit(
         source.config.build(settings.scheme),
         source.params,
         fine_tuner(settings, settings.learning_rate, steps),
         text,
         stage="fine-tune ternary",
+        loss=distillation(
+            source.config.build(None),
+            source.params,
+            temperature=settings.temperature,
+            mixing=settings.distill,
+        ),
+        prequantize=once if settings.accumulate > 1 else None,
         keep=out / "latent",
+        resume=out / RESUME / "ternary",
         **common,
     )
+    if tuned.stopped:  # early: the last epochs were no better
+        best = checkpoint.load(out / "latent" / "best").tree
+        tuned = dataclasses.replace(tuned, params=best)
     if not settings.compare:
         return tuned, None
     continued = fit(
@@ -215,6 +245,7 @@ def _fine_tune(
         fine_tuner(settings, settings.float_learning_rate, steps),
         text,
         stage="continue float",
+        resume=out / RESUME / "float",
         **common,
     )
     return tuned, continued
@@ -227,9 +258,7 @@ def _float32(x: jax.Array) -> jax.Array:
 def _accuracy_loss(scores: dict[str, dict]) -> dict[str, float]:
     """1 - accuracy of the packed model over that of a float one, for both yardsticks."""
     accuracy = {k: v["accuracy"] for k, v in scores.items()}
-    yardstick = accuracy.get("float_continued", accuracy["float"])
-    if not (yardstick and accuracy["float"]):
-        raise BitnetError("the float model guesses no token right; train it before converting it")
+    yardstick = accuracy.get("float_continued") or accuracy["float"]
     return {
         "relative_accuracy_loss": 1 - accuracy["packed"] / yardstick,
         "relative_accuracy_loss_to_source": 1 - accuracy["packed"] / accuracy["float"],
@@ -262,35 +291,3 @@ def sample(
     how = Sampling(temperature, top_k=40)
     new = stream(source.model, source.params, tokens, steps, jax.random.key(seed), how)
     return source.tokenizer.decode([*tokens[0].tolist(), *(int(t[0]) for t in new)])
-
-
-def check_output(path: Path) -> None:
-    """Raise `BitnetError` if an output folder exists already."""
-    if path.exists():
-        raise BitnetError(f"{path}: exists already; give another folder with --out or remove it")
-
-
-def prepare_output(path: Path) -> Path:
-    """Make a new output folder now, before hours of work could be lost on it.
-
-    Raises:
-      BitnetError: if it exists or cannot be made.
-    """
-    check_output(path)
-    try:
-        path.mkdir(parents=True)
-    except OSError as e:
-        raise BitnetError(f"{path}: cannot be made ({e.strerror}); give another --out") from e
-    return path
-
-
-def write_json(path: Path, data: dict) -> None:
-    """Write plain data as JSON.
-
-    Raises:
-      BitnetError: if the file cannot be written.
-    """
-    try:
-        path.write_text(json.dumps(data, indent=2) + "\n")
-    except OSError as e:
-        raise BitnetError(f"{path}: cannot be written ({e.strerror})") from e

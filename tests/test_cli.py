@@ -185,6 +185,6 @@ def test_a_stop_in_the_middle_leaves_only_whole_checkpoints(tmp_path, sign):
     assert process.returncode == (130 if sign == signal.SIGINT else -sign), err
     if sign == signal.SIGINT:
         assert "Traceback" not in err and "stopped" in err
-    for folder in ("packed", "float32", "latent"):
+    for folder in ("packed", "float32", "latent/last", "latent/best"):
         if (tmp_path / "out" / folder).exists():
             checkpoint.load(tmp_path / "out" / folder)

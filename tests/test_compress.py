@@ -12,6 +12,7 @@ from bitnet_jax import checkpoint, cli
 from bitnet_jax.models.decoder import DecoderConfig
 from bitnet_jax.models.folder import ModelFolder, PythonModule, load_model, save_model
 from bitnet_jax.optim import adamw
+from bitnet_jax.train import loop
 from bitnet_jax.train.data import windows
 from bitnet_jax.train.loop import fit
 from bitnet_jax.train.text import byte_tokenizer
@@ -31,6 +32,7 @@ class Net(nn.Module):
         x = x.at[:, 1:].add(before[:, :-1])
         x = x + nn.relu(bitnet_jax.BitDense(32, scheme=self.scheme, name="up")(x)) @ self.param(
             "mix", nn.initializers.lecun_normal(), (32, 16))
+        x = x + nn.Dense(16, name="plain")(x)
         return nn.Dense(256, name="head")(x)
 
 def wrong(scheme):
@@ -53,10 +55,12 @@ def home(tmp_path_factory):
     params = CONFIG.build(None).init(jax.random.key(0), tokens)
     text = np.frombuffer(TEXT.encode(), np.uint8).astype(np.int32)
     train = windows(text, 16)  # enough to guess some bytes right
-    params = fit(CONFIG.build(None), params, adamw(1e-2), train, epochs=1, batch=8).params
+    learn = lambda m, p: fit(m, p, adamw(1e-2), train, epochs=1, batch=8).params
+    params = learn(CONFIG.build(None), params)
     save_model(home / "decoder", ModelFolder(CONFIG, None, params, byte_tokenizer()))
     net = PythonModule(f"{home / 'net.py'}:Net")
-    checkpoint.save(home / "weights", net.build(None).init(jax.random.key(0), tokens))
+    module = net.build(None)
+    checkpoint.save(home / "weights", learn(module, module.init(jax.random.key(0), tokens)))
     return home
 
 
@@ -131,7 +135,11 @@ def test_a_network_of_ones_own(home, capsys):
     arguments = ["compress", "weights", *SHORT, *own, "--out", "own", "--epochs", "1"]
     assert cli.main([*arguments, "--scheme", "absmean", "--scale", "8", "--no-compare"]) == 0
     assert load_model(home / "own" / "packed", PythonModule("net.py:Net")).scheme.scale == 8
-    assert json.loads(Path("own/report.json").read_text())["conversion"]["unmatched"] == ["mix"]
+    conversion = json.loads(Path("own/report.json").read_text())["conversion"]
+    assert conversion["unmatched"] == ["mix"]
+    formats = {x["path"]: x["format"] for x in conversion["leaves"]}
+    assert (formats["up/kernel"], formats["plain/kernel"]) == ("ternary", "float16")
+    assert "kept in float16: plain/kernel" in capsys.readouterr().out
     assert cli.main(["eval", "own/packed", *SHORT[:4], "--module", "net.py:Net"]) == 0
     prompt = ["--prompt", "99", "--tokens", "4", "--module", "net.py:Net"]
     assert cli.main(["generate", "own/packed", *prompt]) == 0
@@ -153,6 +161,51 @@ def test_max_loss_decides_the_exit_status(home, capsys):
     assert (home / "tight" / "packed").is_dir()
 
 
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_an_interrupted_job_is_resumed_to_the_same_end(home, capsys, monkeypatch):
+    arguments = ["compress", "decoder", *SHORT, "--accumulate", "2", "--epochs", "2"]
+    assert cli.main([*arguments, "--out", "whole"]) == 0
+    evaluate, calls = loop.evaluate, []
+
+    def dies(*more):
+        calls.append(1)
+        if len(calls) == 3:  # after the first epoch of the second training
+            raise Killed
+        return evaluate(*more)
+
+    monkeypatch.setattr(loop, "evaluate", dies)
+    with pytest.raises(Killed):
+        cli.main([*arguments, "--out", "parts"])
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    capsys.readouterr()
+    assert cli.main([*arguments, "--out", "parts"]) == 1
+    assert "or --resume the job in it" in complaint(capsys)
+    assert cli.main([*arguments, "--out", "parts", "--resume"]) == 0
+    for name in ("packed", "latent/last"):
+        a, b = (checkpoint.read_manifest(home / out / name)["crc32"] for out in ("whole", "parts"))
+        assert a == b
+    assert not (home / "parts" / "resume").exists()
+    capsys.readouterr()
+    assert cli.main([*arguments, "--out", "parts", "--resume"]) == 1
+    assert "holds no job that was interrupted" in complaint(capsys)
+
+
+def test_options_of_training(home):
+    options = ["--distill", "0.5", "--patience", "1", "--dtype", "bfloat16", "--scheme", "int4"]
+    arguments = ["compress", "decoder", *SHORT, "--epochs", "1", "--no-compare"]
+    assert cli.main([*arguments, *options, "--out", "options"]) == 0
+    stored = load_model(home / "options" / "packed")
+    assert stored.config.dtype == "bfloat16" and stored.scheme.rule == "int4"
+    kernel = stored.params["params"]["layer_0"]["mlp"]["up"]["kernel"]
+    assert type(kernel).__name__ == "PackedInt4" and kernel.group == 32
+    report = json.loads((home / "options" / "report.json").read_text())
+    assert report["alternatives"] == {}
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -171,6 +224,9 @@ def test_max_loss_decides_the_exit_status(home, capsys):
         (["decoder", "--batch", "0"], "--batch 0: must be 1 or more"),
         (["decoder", "--epochs", "0"], "--epochs 0"),
         (["decoder", "--scale", "sideways"], "--scheme and --scale: scale 'sideways'"),
+        (["decoder", "--distill", "2"], "--distill is a share of 0..1"),
+        (["decoder", "--accumulate", "0"], "--accumulate 0: must be 1 or more"),
+        (["decoder", "--resume"], "holds no job that was interrupted"),
         (["decoder", "--max-loss", "-1"], "--max-loss -1.0: give a share"),
         (["decoder", "--out", "text.txt"], "text.txt: exists already"),
     ],

@@ -120,9 +120,27 @@ def test_without_comparison_the_source_is_the_yardstick(tmp_path):
     assert result["relative_accuracy_loss"] == result["relative_accuracy_loss_to_source"]
 
 
+def test_a_job_with_a_teacher_in_microbatches_with_patience(tmp_path):
+    settings = phase4.Settings(
+        epochs=30, batch=2, accumulate=2, patience=1, distill=0.5, compare=False, learning_rate=0.1
+    )
+    result = phase4.run(language(), WINDOWS, WINDOWS[:, ::-1], tmp_path, settings)
+    entries = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [x for x in entries if "loss" in x]
+    # Two steps of four windows an epoch, ended early by the held-out text being another language.
+    assert len(steps) < 60 and steps[-1]["epoch"] * 2 == len(steps)
+    assert result["tokens"]["fine_tuning"] == len(steps) * 4 * 16
+    for x in steps:
+        half = (x["cross_entropy"] + x["divergence"]) / 2
+        assert x["loss"] == pytest.approx(half, rel=1e-5)
+    last = checkpoint.load(tmp_path / "latent" / "last")
+    assert last.metadata["step"] == len(steps)
+    assert checkpoint.read_manifest(tmp_path / "latent" / "best")["metadata"]["step"] < len(steps)
+
+
 def test_loading_a_checkpoint_that_is_no_decoder_is_told(tmp_path):
     checkpoint.save(tmp_path / "x", {"kernel": np.ones(3)})
-    with pytest.raises(BitnetError, match="no decoder"):
+    with pytest.raises(BitnetError, match="no language model"):
         load_model(tmp_path / "x")
 
 

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from ..errors import BitnetError
+from ..output import write_json
 from .checks import Inspect, Sandbox
 from .jobs import Compress, Demo
 from .use import Eval, Generate
@@ -49,8 +50,6 @@ def main(args: list[str] | None = None) -> int:
         _check_json(command.json)
         result = command(console)
         if command.json is not None:
-            from ..phase4 import write_json
-
             write_json(command.json, result)
     except BitnetError as e:
         _complain(str(e))

@@ -8,6 +8,7 @@ import tyro
 from rich.console import Console
 
 from ..errors import BitnetError
+from ..output import check_output, prepare_output
 from .checks import Json
 
 
@@ -31,7 +32,7 @@ class Demo:
         from .. import demo, phase4
 
         _check_epochs(self.epochs)
-        out = phase4.prepare_output(self.out or _free_folder("bitnet-demo"))
+        out = prepare_output(self.out or _free_folder("bitnet-demo"))
         job = phase4.Settings(epochs=self.epochs)
         result = demo.run(out, job=job, console=console)
         _show(result, out, console)
@@ -67,8 +68,20 @@ class Compress:
     """The network the weights are for; the file is run."""
     tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """A tokenizer.json, or bytes; by default the one beside the weights."""
+    resume: bool = False
+    """Go on with the interrupted job in DIR; give the same arguments again."""
     batch: int = 8
-    """Windows of text a step, or a microbatch of it."""
+    """Windows of text in memory at once."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one step."""
+    patience: int | None = None
+    """Stop after so many epochs without a lower held-out loss; the best weights are packed."""
+    distill: float = 0.0
+    """Weight of the float model's distribution in the loss, 0..1."""
+    temperature: float = 2.0
+    """Of both distributions then."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What activations are computed in; for model folders of ours."""
     length: int = 128
     """Tokens a window."""
     learning_rate: float = 2e-3
@@ -85,24 +98,31 @@ class Compress:
 
         _check_epochs(self.epochs)
         bound = _share(self.max_loss)
-        for name in ("batch", "length"):
-            if getattr(self, name) < 1:
-                raise BitnetError(f"--{name} {getattr(self, name)}: must be 1 or more")
+        for name in ("batch", "length", "accumulate", "patience"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise BitnetError(f"--{name} {value}: must be 1 or more")
+        if not 0 <= self.distill <= 1 or not self.temperature > 0:
+            raise BitnetError("--distill is a share of 0..1, --temperature a number above 0")
         scale = int(self.scale) if self.scale and self.scale.isdigit() else self.scale
         settings = phase4.Settings(
             scheme=compress.make_scheme(self.scheme, scale),
             policy=compress.make_policy(self.embeddings),
             epochs=self.epochs,
             batch=self.batch,
+            accumulate=self.accumulate,
+            patience=self.patience,
+            distill=self.distill,
+            temperature=self.temperature,
             learning_rate=self.learning_rate,
             compare=self.compare,
             seed=self.seed,
         )
-        phase4.check_output(self.out)
+        check_output(self.out, self.resume)
         with console.status("reading model and text", spinner="line"):
             source = compress.load_source(self.model, self.module, self.tokenizer, console)
+            source = compress.computed_in(source, self.dtype)
             text = compress.load_text(self.data, source, self.length)
-        phase4.prepare_output(self.out)
+        prepare_output(self.out, self.resume)
         result = compress.run(source, text, self.out, settings, console)
         _show(result, self.out, console)
         lost = result["relative_accuracy_loss"]

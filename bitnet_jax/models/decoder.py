@@ -213,15 +213,15 @@ class Decoder(nn.Module):
         return logits if cache is None else (logits, tuple(caches))
 
 
-def empty_cache(config: DecoderConfig, batch: int, length: int, dtype=jnp.float32) -> Cache:
+def empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
     """A key-value cache for ``length`` positions: one dict of (batch, length, kv_heads, head_dim)
-    arrays a layer.
+    arrays a layer, in the model's dtype.
 
     >>> empty_cache(DecoderConfig(vocab_size=8, layers=1), 2, 16)[0]["key"].shape
     (2, 16, 2, 64)
     """
     shape = (batch, length, config.kv_heads, config.head_dim)
     return tuple(
-        {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
+        {"key": jnp.zeros(shape, config.dtype), "value": jnp.zeros(shape, config.dtype)}
         for _ in range(config.layers)
     )

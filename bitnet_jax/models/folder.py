@@ -107,8 +107,8 @@ class ModelFolder:
         return self.config.build(self.scheme)
 
 
-def save_model(path: str | os.PathLike, folder: ModelFolder) -> None:
-    """Write a new model folder, all or nothing.
+def save_model(path: str | os.PathLike, folder: ModelFolder, overwrite: bool = False) -> None:
+    """Write a model folder, all or nothing; over an existing one only if told so.
 
     Raises:
       BitnetError: as `bitnet_jax.checkpoint.save`.
@@ -119,7 +119,7 @@ def save_model(path: str | os.PathLike, folder: ModelFolder) -> None:
         "scheme": None if folder.scheme is None else dataclasses.asdict(folder.scheme),
     }
     files = {TOKENIZER: folder.tokenizer.to_str().encode()}
-    checkpoint.save(path, folder.params, metadata, files)
+    checkpoint.save(path, folder.params, metadata, files, overwrite)
 
 
 def load_model(path: str | os.PathLike, module: PythonModule | None = None) -> ModelFolder:

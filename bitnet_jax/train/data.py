@@ -114,19 +114,23 @@ def windows(tokens: np.ndarray, length: int, what: str = "the text") -> np.ndarr
     return tokens[at]
 
 
-def epochs(data: np.ndarray, batch: int, count: int, seed: int) -> Iterator[np.ndarray]:
+def epochs(
+    data: np.ndarray, batch: int, count: int, seed: int, start: int = 0
+) -> Iterator[np.ndarray]:
     """Batches (batch, length + 1) of ``count`` epochs, each in a new order fixed by the seed.
 
-    The last, incomplete batch of an epoch is dropped.
+    The last, incomplete batch of an epoch is dropped, and so are the first ``start`` batches: the
+    order of an epoch depends on nothing but the seed and its number, so one can begin anywhere.
 
     Raises:
       BitnetError: if the data has fewer windows than one batch.
     """
-    steps_per_epoch(data, batch)
-    for epoch in range(count):
+    first, skipped = divmod(start, steps_per_epoch(data, batch))
+    for epoch in range(first, count):
         order = np.random.default_rng((seed, epoch)).permutation(len(data))
-        for i in range(0, len(data) - batch + 1, batch):
+        for i in range(skipped * batch, len(data) - batch + 1, batch):
             yield data[order[i : i + batch]]
+        skipped = 0
 
 
 def steps_per_epoch(data: np.ndarray, batch: int) -> int:

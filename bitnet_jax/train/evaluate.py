@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .loss import float32_logits
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(model: nn.Module, params: Any, batch: jax.Array, real: jax.Array):
     """Summed loss and right guesses over the rows of the batch that are real."""
-    logits, targets = jnp.asarray(model.apply(params, batch[:, :-1])), batch[:, 1:]
+    logits, targets = float32_logits(model, params, batch), batch[:, 1:]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     right = logits.argmax(-1) == targets
     return jnp.sum(loss * real[:, None]), jnp.sum(right * real[:, None])

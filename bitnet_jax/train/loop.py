@@ -1,29 +1,30 @@
 """The training loop: batches in, parameters and history out."""
 
 import dataclasses
-import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import checkpoint
 from ..errors import BitnetError
 from .data import epochs as epochs_of
 from .data import steps_per_epoch
 from .evaluate import evaluate
-from .loss import next_token
+from .fingerprint import fingerprint
+from .loss import Loss, next_token
+from .progress import bar
+from .sinks import jsonl
+from .state import Keeper, State, begin
+from .step import as_pytree, train_step
 
 Tree = Any
-Loss = Callable[[nn.Module, Tree, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,31 +32,19 @@ class Fit:
     """What training gives back.
 
     Attributes:
-      params: the trained variables.
+      params: the trained variables, after the last step taken.
       history: one dict a step (``stage``, ``step``, ``epoch``, ``loss``, ``accuracy``,
         ``tokens_per_second``), and one an epoch with ``held_out_loss``, ``held_out_accuracy``.
-      seconds: time spent in steps, compilation included.
+      seconds: time spent training, compilation included, over all sittings.
+      steps: steps taken.
+      stopped: why training ended before its last epoch, or None.
     """
 
     params: Tree
     history: list[dict]
     seconds: float
-
-
-def train_step(model: nn.Module, optimizer: optax.GradientTransformation, loss: Loss) -> Callable:
-    """A jitted step: (params, opt_state, batch) -> (params, opt_state, metrics).
-
-    The two trees are donated; pass them on, do not keep them.
-    """
-
-    def step(params, opt_state, batch):
-        (value, metrics), grads = jax.value_and_grad(lambda p: loss(model, p, batch), has_aux=True)(
-            params
-        )
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, {"loss": value, **metrics}
-
-    return jax.jit(step, donate_argnums=(0, 1))
+    steps: int = 0
+    stopped: str | None = None
 
 
 def fit(
@@ -66,15 +55,21 @@ def fit(
     *,
     epochs: int,
     batch: int,
+    accumulate: int = 1,
     seed: int = 0,
     loss: Loss = next_token,
+    prequantize: Callable[[Tree], Tree] | None = None,
     held_out: np.ndarray | None = None,
+    patience: int | None = None,
     stage: str = "train",
     log: Path | None = None,
+    sinks: Sequence[Callable[[dict], None]] = (),
     keep: Path | None = None,
+    resume: Path | None = None,
+    save_every: float = 60.0,
     console: Console | None = None,
 ) -> Fit:
-    """Train for a number of epochs.
+    """Train for a number of epochs; with ``resume``, in as many sittings as it takes.
 
     Args:
       model: a Linen module that ``loss`` can apply.
@@ -82,78 +77,154 @@ def fit(
       optimizer: an optax transformation.
       data: windows (n, length + 1) of tokens.
       epochs: passes over the data.
-      batch: windows a step.
+      batch: windows in memory at once.
+      accumulate: batches whose gradients are averaged for one step, see `train_step`.
       seed: fixes the order of the windows.
-      loss: (model, params, batch) -> (scalar, metrics).
+      loss: (model, params, batch) -> (scalar, metrics); one with arrays in it is a pytree, as
+        `bitnet_jax.train.distill.distillation`.
+      prequantize: quantises the weights once a step, see `train_step`.
       held_out: windows to evaluate on after every epoch.
+      patience: epochs without a lower held-out loss after which training stops; None for never.
       stage: name of this training in the log and on the progress bar.
-      log: a JSONL file to append every history entry to.
-      keep: a folder to save the variables in after every epoch (replaced each time).
+      log: a JSONL file to append every history entry to; each step stands in it once, however
+        often training is resumed.
+      sinks: called with every history entry, see `bitnet_jax.train.sinks`. After a kill they see
+        the steps since the last save again.
+      keep: a folder that gets the variables after every epoch in ``last`` and those of the lowest
+        held-out loss in ``best``, both checkpoints.
+      resume: a folder that gets the whole state in ``state``. Called again with the same arguments,
+        training goes on where it was saved and ends with the bytes it would have had unstopped;
+        a finished one returns at once.
+      save_every: least seconds between two saves of the state, which change nothing but how much
+        is computed again after a kill; 0 to save after each step.
       console: where to draw the progress bar; None for silence.
 
     Returns:
       `Fit`.
 
     Raises:
-      BitnetError: if the data makes no whole batch, or the loss becomes NaN or infinite.
+      BitnetError: if the data makes no whole step, the loss or the held-out loss becomes NaN or
+        infinite, an argument is out of range, a file cannot be written, or ``resume`` holds a
+        training that was given something else.
     """
-    total = steps_per_epoch(data, batch) * epochs
-    step = train_step(model, optimizer, loss)
-    params = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), params)
-    opt_state, history, start = optimizer.init(params), [], time.perf_counter()
-    per_epoch, tokens = total // max(epochs, 1), batch * (data.shape[1] - 1)
-
-    def record(entry: dict) -> None:
-        history.append({"stage": stage, **entry})
-        if log is not None:
-            with open(log, "a") as f:
-                f.write(json.dumps(history[-1]) + "\n")
-
-    with _bar(console, stage, total) as show:
-        for i, rows in enumerate(epochs_of(data, batch, epochs, seed), start=1):
-            before = time.perf_counter()
-            params, opt_state, metrics = step(params, opt_state, rows)
-            metrics = {k: float(v) for k, v in metrics.items()}
-            speed = tokens / (time.perf_counter() - before)
-            if not math.isfinite(metrics["loss"]):
-                raise BitnetError(
-                    f"{stage}: the loss became {metrics['loss']} at step {i} of {total}; "
-                    "lower the learning rate"
-                )
-            epoch = (i - 1) // per_epoch + 1
-            record({"step": i, "epoch": epoch, **metrics, "tokens_per_second": round(speed)})
-            show(metrics["loss"], speed)
-            if i % per_epoch == 0:
+    _check(stage, accumulate, patience, held_out)
+    per_epoch = steps_per_epoch(data, batch * accumulate)
+    plan = _Plan(stage, epochs, batch, accumulate, seed, patience, per_epoch)
+    step, loss = train_step(model, optimizer, accumulate, prequantize), as_pytree(loss)
+    run, save = begin(params, optimizer, plan.total, log), Keeper(resume, save_every)
+    run = save.open(run, lambda: _mark(plan, step, run, loss, data, held_out), log)
+    record = _recorder(plan, run, ([] if log is None else [jsonl(log)]) + list(sinks))
+    began = time.perf_counter() - run.seconds
+    with bar(console, stage, plan.total, run.step) as show:
+        for rows in plan.batches(data, run):
+            metrics = _advance(run, plan, step, loss, rows)
+            record(metrics)
+            show(metrics["loss"], metrics["tokens_per_second"])
+            if run.step % per_epoch == 0:
                 if held_out is not None:
-                    scores = evaluate(model, params, held_out, batch)
-                    names = ("loss", "accuracy")
-                    record(
-                        {"step": i, "epoch": epoch} | {f"held_out_{k}": scores[k] for k in names}
-                    )
-                if keep is not None:
-                    checkpoint.save(keep, params, {"stage": stage, "step": i}, overwrite=True)
-    return Fit(params, history, time.perf_counter() - start)
+                    record(_judge(run, plan, evaluate(model, run.params, held_out, batch)))
+                _keep(keep, run, stage)
+            run.seconds = time.perf_counter() - began
+            save(run, now=run.finished)
+            if run.finished:
+                break
+    return Fit(run.params, run.history, run.seconds, run.step, run.stopped)
 
 
-class _bar:
-    """A progress bar with loss, throughput and time left; draws nothing without a console."""
+def _check(stage: str, accumulate: int, patience: int | None, held_out: Any) -> None:
+    if accumulate < 1:
+        raise BitnetError(f"{stage}: accumulate {accumulate}: give 1 batch a step or more")
+    if patience is not None and patience < 1:
+        raise BitnetError(f"{stage}: patience {patience}: give 1 epoch or more, or None")
+    if patience is not None and held_out is None:
+        raise BitnetError(f"{stage}: patience needs held-out text to judge by; give held_out")
 
-    def __init__(self, console: Console | None, stage: str, total: int):
-        self.progress = Progress(
-            TextColumn("{task.description:<24}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
-            TimeRemainingColumn(),
-            console=console or Console(quiet=True),
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The numbers of a training."""
+
+    stage: str
+    epochs: int
+    batch: int
+    accumulate: int
+    seed: int
+    patience: int | None
+    per_epoch: int
+
+    @property
+    def total(self) -> int:
+        return self.per_epoch * self.epochs
+
+    def batches(self, data: np.ndarray, run: State) -> Iterator[np.ndarray]:
+        """What is left to train on; nothing after training stopped early."""
+        rows, epochs = self.batch * self.accumulate, 0 if run.finished else self.epochs
+        return epochs_of(data, rows, epochs, self.seed, run.step)
+
+    def check_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise BitnetError(
+                f"{self.stage}: the {what} became {value} at step {step} of {self.total}; "
+                "lower the learning rate"
+            )
+
+
+def _mark(
+    plan: _Plan, step: Any, run: State, loss: Loss, data: np.ndarray, held_out: np.ndarray | None
+) -> dict:
+    """The fingerprint of a training that has not begun."""
+    rows = data[: plan.batch * plan.accumulate]
+    program = step.lower(run.params, run.opt_state, loss, rows).as_text()
+    trees = {"parameters": run.params, "loss": loss}
+    return fingerprint(dataclasses.asdict(plan), data, held_out, trees, program)
+
+
+def _recorder(plan: _Plan, run: State, sinks: Sequence[Callable[[dict], None]]) -> Callable:
+    """A function that adds numbers to the history, under the run's step, and tells every sink."""
+
+    def record(numbers: dict) -> None:
+        epoch = (run.step - 1) // plan.per_epoch + 1
+        entry = {"stage": plan.stage, "step": run.step, "epoch": epoch, **numbers}
+        run.history.append(entry)
+        for sink in sinks:
+            sink(entry)
+
+    return record
+
+
+def _advance(run: State, plan: _Plan, step: Callable, loss: Loss, rows: np.ndarray) -> dict:
+    """Take one step; its numbers."""
+    before = time.perf_counter()
+    run.params, run.opt_state, metrics = step(run.params, run.opt_state, loss, rows)
+    # The one place that waits for the device.
+    metrics = {k: float(v) for k, v in metrics.items()}
+    speed = len(rows) * (rows.shape[1] - 1) / (time.perf_counter() - before)
+    run.step += 1
+    plan.check_finite("loss", metrics["loss"], run.step)
+    return {**metrics, "tokens_per_second": round(speed)}
+
+
+def _judge(run: State, plan: _Plan, scores: dict[str, float]) -> dict:
+    """Note whether these held-out scores are the best so far, and stop a run out of patience."""
+    loss = scores["loss"]
+    plan.check_finite("held-out loss", loss, run.step)
+    if run.best is None or loss < run.best:
+        run.best, run.best_step, run.stale = loss, run.step, 0
+    else:
+        run.stale += 1
+    if run.stale == plan.patience:
+        run.stopped = (
+            f"at step {run.step} of {plan.total}: the held-out loss has not been under "
+            f"{run.best:.4f}, of step {run.best_step}, for {run.stale} epochs"
         )
-        self.task = self.progress.add_task(stage, total=total, loss=math.nan, speed=0.0)
+    return {"held_out_loss": loss, "held_out_accuracy": scores["accuracy"]}
 
-    def __enter__(self) -> Callable[[float, float], None]:
-        self.progress.start()
-        return lambda loss, speed: self.progress.update(
-            self.task, advance=1, loss=loss, speed=speed
-        )
 
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+def _keep(folder: Path | None, run: State, stage: str) -> None:
+    """Save the variables as the last and, if they are, as the best."""
+    metadata = {"stage": stage, "step": run.step}
+    if folder is None:
+        return
+    if run.best_step == run.step:
+        checkpoint.save(folder / "best", run.params, metadata, overwrite=True)
+    checkpoint.save(folder / "last", run.params, metadata, overwrite=True)

@@ -1,11 +1,14 @@
 """Losses of the training loop: functions of (model, params, batch)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+
+Loss = Callable[[nn.Module, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def next_token(
@@ -16,14 +19,35 @@ def next_token(
     loss = -mean over positions t of log softmax(logits[t])[token[t + 1]]
 
     Args:
-      model: maps tokens (batch, length) to logits (batch, length, vocab).
+      model: maps tokens (batch, length) to logits (batch, length, vocab), of any float dtype;
+        the loss is computed from them in float32.
       params: its variables.
       batch: int (batch, length + 1); inputs and, shifted by one, targets.
 
     Returns:
       The scalar loss, and ``{"accuracy": share of positions whose likeliest token was right}``.
     """
-    logits = jnp.asarray(model.apply(params, batch[:, :-1]))
-    targets = batch[:, 1:]
+    return cross_entropy(float32_logits(model, params, batch), batch[:, 1:])
+
+
+def float32_logits(model: nn.Module, params: Any, batch: jax.Array) -> jax.Array:
+    """Logits (batch, length, vocab) of all tokens of windows (batch, length + 1) but the last.
+
+    In float32, because a softmax summed in bfloat16 is wrong in the third digit.
+    """
+    return jnp.asarray(model.apply(params, batch[:, :-1])).astype(jnp.float32)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross entropy in nats, and ``{"accuracy": ...}``.
+
+    Args:
+      logits: float32 (batch, length, vocab).
+      targets: int (batch, length).
+
+    >>> loss, metrics = cross_entropy(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), int))
+    >>> round(float(loss), 4), float(metrics["accuracy"])
+    (0.6931, 1.0)
+    """
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
     return loss, {"accuracy": jnp.mean(logits.argmax(-1) == targets)}
