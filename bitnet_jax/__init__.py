@@ -14,6 +14,7 @@ from .leaf import PackedInt8 as PackedInt8
 from .leaf import PackedTernary as PackedTernary
 from .leaf import Ternary as Ternary
 from .leaf import is_quantized as is_quantized
+from .linen import BitConv as BitConv
 from .linen import BitDense as BitDense
 from .linen import BitDenseGeneral as BitDenseGeneral
 from .linen import BitEmbed as BitEmbed

@@ -1,7 +1,6 @@
 """Parameter tree in, parameter tree out: which leaves become ternary, and what became of each."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ from .errors import BitnetError
 from .leaf import Packed, PackedTernary, Prequantized, Quantized, Ternary, is_quantized
 from .packed import pack_weight, unpack_weight
 from .policy import FLOATS, Policy, place, quantized_format, scheme_of
-from .quantize import Scheme, dequantize, quantize_weights
+from .quantize import Scheme, dequantize, quantize_kernel
 
 Tree = Any
 
@@ -100,25 +99,6 @@ def check_finite(params: Tree) -> None:
             raise BitnetError(
                 f"{path_name(path)}: holds {what}; repair or retrain this weight, then convert"
             )
-
-
-def quantize_kernel(w: jax.Array, scheme: Scheme, inputs: int | None = None) -> Quantized:
-    """Quantise a kernel of any number of axes, as the matrix (inputs, outputs) that it is.
-
-    Args:
-      w: latent weights; without ``inputs`` (..., in, out), with leading axes a stack.
-      scheme: how they become codes and scale.
-      inputs: number of leading axes that are inputs; the rest are outputs.
-
-    >>> quantize_kernel(jnp.ones((8, 2, 4)), Scheme(), inputs=1).codes.shape
-    (8, 8)
-    """
-    if inputs is None:
-        return quantize_weights(w, scheme)
-    ins, outs = w.shape[:inputs], w.shape[inputs:]
-    weight = quantize_weights(w.reshape(math.prod(ins), math.prod(outs)), scheme)
-    several = lambda shape: shape if len(shape) > 1 else ()
-    return dataclasses.replace(weight, in_shape=several(ins), out_shape=several(outs))
 
 
 def _kernel(x: jax.Array, path: str, format: str, policy: Policy, scheme: Scheme) -> Quantized:

@@ -1,4 +1,4 @@
-"""Linen's layers with the ternary operator put in: BitDense, BitDenseGeneral, BitEmbed."""
+"""Linen's layers with the ternary operator put in: BitDense, BitConv, BitEmbed."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .conv import conv_with_scheme
 from .dot import with_scheme
 from .embed import attend, take
 from .leaf import is_quantized
@@ -103,6 +104,28 @@ class BitDenseGeneral(_TakesLeaves, nn.DenseGeneral):
     def __post_init__(self):
         if self.dot_general is None and self.dot_general_cls is None:
             self.dot_general = with_scheme(self.scheme)
+        super().__post_init__()
+
+
+class BitConv(_TakesLeaves, nn.Conv):
+    """A drop-in for `flax.linen.Conv` whose kernel acts ternary, see `bitnet_jax.conv`.
+
+    Attributes:
+      scheme: how latent weights become codes and scale; None leaves them in float.
+
+    Input (batch, *spatial, in), output (batch, *spatial, features).
+
+    >>> layer, x = BitConv(4, (3, 3)), jnp.ones((1, 8, 8, 2))
+    >>> jax.tree.map(jnp.shape, layer.init(jax.random.key(0), x))
+    {'params': {'bias': (4,), 'kernel': (3, 3, 2, 4)}}
+    """
+
+    promote_dtype: Any = promote_activations
+    scheme: Scheme | None = Scheme()
+
+    def __post_init__(self):
+        if self.conv_general_dilated is None and self.conv_general_dilated_cls is None:
+            self.conv_general_dilated = conv_with_scheme(self.scheme)
         super().__post_init__()
 
 

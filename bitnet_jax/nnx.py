@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from .conv import conv_with_scheme
 from .dot import with_scheme
 from .embed import attend, take
 from .errors import BitnetError
@@ -59,6 +60,18 @@ class BitLinear(nnx.Linear):
     ):
         ours = {"dot_general": with_scheme(scheme), "promote_dtype": promote_dtype}
         super().__init__(in_features, out_features, **(ours | kwargs))
+
+
+class BitConv(nnx.Conv):
+    """A drop-in for `flax.nnx.Conv` whose kernel acts ternary, see `bitnet_jax.conv`.
+
+    Conv's arguments with ``scheme`` added. Input (batch, *spatial, in_features), output (batch,
+    *spatial, out_features).
+    """
+
+    def __init__(self, *args, scheme: Scheme | None = Scheme(), **kwargs):
+        ours = {"conv_general_dilated": conv_with_scheme(scheme), "promote_dtype": promote_dtype}
+        super().__init__(*args, **(ours | kwargs))
 
 
 class BitEmbed(nnx.Embed):

@@ -5,6 +5,7 @@ computing them in bfloat16 flips 0.2 % of the codes.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -144,6 +145,25 @@ def _round_to_levels(blocks: jax.Array, axes: tuple[int, ...], scheme: Scheme):
     levels = _LEVELS[scheme.rule]
     largest = jnp.abs(blocks).max(axes, keepdims=True, initial=_SMALLEST_SCALE[scheme.rule])
     return jnp.clip(jnp.round(blocks * (levels / largest)), -levels, levels), largest / levels
+
+
+def quantize_kernel(w: jax.Array, scheme: Scheme, inputs: int | None = None) -> Quantized:
+    """Quantise a kernel of any number of axes, as the matrix (inputs, outputs) that it is.
+
+    Args:
+      w: latent weights; without ``inputs`` (..., in, out), with leading axes a stack.
+      scheme: how they become codes and scale.
+      inputs: number of leading axes that are inputs; the rest are outputs.
+
+    >>> quantize_kernel(jnp.ones((8, 2, 4)), Scheme(), inputs=1).codes.shape
+    (8, 8)
+    """
+    if inputs is None:
+        return quantize_weights(w, scheme)
+    ins, outs = w.shape[:inputs], w.shape[inputs:]
+    weight = quantize_weights(w.reshape(math.prod(ins), math.prod(outs)), scheme)
+    several = lambda shape: shape if len(shape) > 1 else ()
+    return dataclasses.replace(weight, in_shape=several(ins), out_shape=several(outs))
 
 
 def matrix_values(weight: Quantized) -> jax.Array:

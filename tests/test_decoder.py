@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import bitnet_jax
-from bitnet_jax.models.decoder import Decoder, DecoderConfig, empty_cache, rotary
+from bitnet_jax.models.decoder import Decoder, DecoderConfig, empty_cache, max_logits, rotary
 from bitnet_jax.models.generate import Sampling, draw, generate, stream
+from bitnet_jax.optim import qk_clip
 
 SMALL = DecoderConfig(vocab_size=48, width=64, layers=2, heads=4, kv_heads=2, hidden=96)
 TWN = bitnet_jax.Scheme("twn", "channel")
@@ -173,6 +174,27 @@ def test_nucleus_keeps_the_fewest_tokens_that_reach_it():
 def test_impossible_sampling_is_refused(wrong):
     with pytest.raises(ValueError, match="temperature|top_k|top_p"):
         Sampling(*wrong)
+
+
+@pytest.mark.parametrize("scheme", [None, TWN], ids=["float", "ternary"])
+def test_qk_clip_bounds_the_decoders_own_logits(scheme):
+    model, params = build(scheme)
+    for name in ("query", "key"):
+        params["params"]["layer_1"]["attention"][name]["kernel"] *= 9.0
+
+    def logits(params):
+        return max_logits(model.apply(params, TOKENS, mutable=["intermediates"])[1])
+
+    before, bound = logits(params), 5.0
+    assert before["layer_1/attention"].shape == (4,) and before["layer_1/attention"].max() > bound
+    clip = qk_clip(bound, scheme=scheme)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = clip.update(zero, clip.init(params), params, max_logits=before)
+    after = logits(jax.tree.map(jnp.add, params, updates))
+    for path in before:
+        wanted = jnp.minimum(before[path], bound)
+        assert jnp.allclose(after[path], wanted, rtol=0.03), path  # 8-bit inputs round differently
+    assert "intermediates" not in params
 
 
 def test_bfloat16_keeps_parameters_and_logits_in_float32():

@@ -23,10 +23,10 @@ from bitnet_jax import (
     pack,
     ternarise,
 )
-from bitnet_jax.convert import attach, prequantize, quantize_kernel
+from bitnet_jax.convert import attach, prequantize
 from bitnet_jax.embed import attend, take
 from bitnet_jax.packed import pack_codes, pack_weight, unpack_codes
-from bitnet_jax.quantize import quantize_weights
+from bitnet_jax.quantize import quantize_kernel, quantize_weights
 
 from .battery import normal
 

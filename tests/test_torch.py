@@ -1,5 +1,6 @@
 """Models written in PyTorch: imported, converted, fine-tuned, packed. No torch needed here."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,16 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
 import bitnet_jax
-from bitnet_jax import BitDense, BitDenseGeneral, BitLinear, BitnetError, Policy, Scheme, convert
+from bitnet_jax import (
+    BitConv,
+    BitDense,
+    BitDenseGeneral,
+    BitLinear,
+    BitnetError,
+    Policy,
+    Scheme,
+    convert,
+)
 from bitnet_jax.interop.names import path_of
 from bitnet_jax.interop.tensors import from_state_dict, read
 from bitnet_jax.interop.torch import from_torch
@@ -26,7 +36,7 @@ TWN = Scheme("twn", "channel")
 # torch's Sequential has numbers for names.
 MLP_NAMES = ((r"^net\.0\.", "up."), (r"^net\.1\.", "norm."), (r"^net\.3\.", "down."))
 LM_NAMES = ((r"mlp\.0\.", "up."), (r"mlp\.2\.", "down."))
-HEADS = (("(query|key|value)/kernel", 1), ("out/kernel", 2))
+INPUTS = (("(query|key|value)/kernel", 1), ("attn/out/kernel", 2), ("conv", 3))
 
 
 def golden(name):
@@ -94,12 +104,11 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = jnp.moveaxis(x, 1, -1)  # torch's pictures have their channels first
-        x = nn.Conv(8, (3, 3), strides=2, padding=[(1, 1), (1, 1)], name="conv1")(x)
+        conv = functools.partial(BitConv, scheme=self.scheme)
+        x = conv(8, (3, 3), strides=2, padding=[(1, 1), (1, 1)], name="conv1")(x)
         x = nn.relu(nn.BatchNorm(use_running_average=True, epsilon=1e-5, name="bn")(x))
         pads = [(1, 1), (2, 2)]
-        x = nn.Conv(16, (3, 5), padding=pads, feature_group_count=2, use_bias=False, name="conv2")(
-            x
-        )
+        x = conv(16, (3, 5), padding=pads, feature_group_count=2, use_bias=False, name="conv2")(x)
         x = nn.max_pool(nn.relu(x), (2, 2), strides=(2, 2)).reshape(len(x), -1)
         x = nn.relu(BitDense(32, scheme=self.scheme, name="hidden")(x))
         return nn.Dense(4, name="out")(x)
@@ -153,10 +162,12 @@ def test_converted_fine_tuned_packed(name):
         losses.append(float(value))
     assert losses[-1] < 0.7 * losses[0]
 
-    policy = Policy(((r"(up|down|hidden|query|key|value|attn/out)/kernel", "ternary"),), HEADS)
+    policy = Policy(
+        ((r"(up|down|hidden|query|key|value|attn/out|conv\d)/kernel", "ternary"),), INPUTS
+    )
     packed = convert({"params": params, **statistics}, policy, TWN)
     ternary = [x.path for x in packed.report.leaves if x.format == "ternary"]
-    assert len(ternary) == {"mlp": 2, "transformer": 12, "conv": 1}[name]
+    assert len(ternary) == {"mlp": 2, "transformer": 12, "conv": 3}[name]
     apply = jax.jit(model.apply)
     latent = apply({"params": params, **statistics}, x)
     assert_array_equal(apply(packed.tree, x), latent)
@@ -190,7 +201,7 @@ def test_attention_goes_into_nnx():
     close(plain(x, mask=mask), np.asarray(Attention().apply(tree, x)))
     run = nnx.jit(lambda model, x: model(x, mask=mask))
     want = run(ternary, x)
-    packed = convert(tree, Policy((("kernel", "ternary"),), HEADS), TWN)
+    packed = convert(tree, Policy((("kernel", "ternary"),), INPUTS), TWN)
     bitnet_jax.nnx.update(ternary, packed.tree)
     assert_array_equal(run(ternary, x), want)
 

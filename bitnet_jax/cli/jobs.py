@@ -84,6 +84,8 @@ class Compress:
     """What activations are computed in; for model folders of ours."""
     length: int = 128
     """Tokens a window."""
+    optimizer: Literal["adamw", "mugrokfast"] = "adamw"
+    """AdamW, or Muon for the matrices and AdamW for the rest."""
     learning_rate: float = 2e-3
     """Peak; decays to zero."""
     compare: bool = True
@@ -113,6 +115,7 @@ class Compress:
             patience=self.patience,
             distill=self.distill,
             temperature=self.temperature,
+            optimizer=self.optimizer,
             learning_rate=self.learning_rate,
             compare=self.compare,
             seed=self.seed,

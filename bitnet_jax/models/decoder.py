@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ..convert import path_name
 from ..linen import BitDense, BitEmbed
 from ..quantize import Scheme
 
@@ -94,6 +95,35 @@ def rotary(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def largest_logits(query: jax.Array, key: jax.Array, seen: jax.Array) -> jax.Array:
+    """The largest abs attention logit of each query head, for `bitnet_jax.optim.qk_clip`.
+
+    max over batch and positions i, j of abs q_i . k_j / sqrt(head_dim)
+
+    Args:
+      query: (batch, length, heads, head_dim).
+      key: (batch, keys, kv_heads, head_dim).
+      seen: bool (length, keys), which pairs count.
+
+    Returns:
+      float32 (heads,). A `Decoder` sows it as ``max_logits``:
+      ``_, extra = model.apply(params, tokens, mutable=["intermediates"])``, then `max_logits`.
+    """
+    key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2).astype(jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->hbqk", query.astype(jnp.float32), key)
+    return jnp.abs(jnp.where(seen, logits, 0)).max((1, 2, 3)) / query.shape[-1] ** 0.5
+
+
+def max_logits(intermediates: Any) -> dict[str, jax.Array]:
+    """What a `Decoder` sowed, as `bitnet_jax.optim.qk_clip` takes it: attention's path to (heads,).
+
+    Args:
+      intermediates: the mutated variables that ``apply`` returned.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(intermediates["intermediates"])
+    return {path_name(path).removesuffix("/max_logits/0"): x for path, x in leaves}
+
+
 def _dense(c: DecoderConfig, scheme: Scheme | None):
     return functools.partial(BitDense, use_bias=False, scheme=scheme, dtype=c.dtype)
 
@@ -124,6 +154,8 @@ class Attention(nn.Module):
             value = jax.lax.dynamic_update_slice(cache["value"], value.astype(key.dtype), at)
             cache = {"key": key, "value": value}
         seen = jnp.arange(key.shape[1]) <= positions[:, None]
+        if self.is_mutable_collection("intermediates"):  # an extra product, only for who asks
+            self.sow("intermediates", "max_logits", largest_logits(query, key, seen))
         y = jax.nn.dot_product_attention(query, key, value, mask=seen[None, None])
         y = y.reshape(batch, length, c.width)
         if c.sub_norms:
