@@ -1,6 +1,7 @@
 """The user's model and text, read for the main job and the commands."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +220,9 @@ def run(
     out: Path,
     settings: phase4.Settings,
     console: Console | None = None,
+    sinks: Sequence[Callable[[dict], None]] = (),
 ) -> dict:
-    """The main job on the user's model and text; the report of `bitnet_jax.phase4.run`.
+    """The main job on the user's model and text; arguments and report of `bitnet_jax.phase4.run`.
 
     Raises:
       BitnetError: if the model is quantised already, or as the main job.
@@ -244,4 +246,6 @@ def run(
         f"{text.train[:, 1:].size:,} tokens to train on, {text.held_out[:, 1:].size:,} held out",
         highlight=False,
     )
-    return phase4.run(source, text.train, text.held_out, out, settings, text.prompt, console)
+    return phase4.run(
+        source, text.train, text.held_out, out, settings, text.prompt, console, sinks=sinks
+    )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +85,7 @@ def run(
     prompt: str = "def ",
     console: Console | None = None,
     history: list[dict] | None = None,
+    sinks: Sequence[Callable[[dict], None]] = (),
 ) -> dict:
     """Turn a float language model into a packed ternary one, and say what that cost.
 
@@ -98,6 +100,7 @@ def run(
       prompt: what the sample of generated text continues.
       console: where progress is shown; None for silence.
       history: entries of an earlier training, to be drawn in the same curves.
+      sinks: called with every entry of the trainings, see `bitnet_jax.train.sinks`.
 
     Returns:
       The report as plain data; `bitnet_jax.report` documents its keys. The same is in
@@ -132,7 +135,7 @@ def run(
             others = advice.alternatives(source, held_out, settings.policy, settings.batch)
 
     say(f"[bold]3 fine-tune[/], epochs: {settings.epochs}, through the straight-through estimator")
-    tuned, continued = _fine_tune(source, text, held_out, out, settings, console)
+    tuned, continued = _fine_tune(source, text, held_out, out, settings, console, sinks)
     for name, fitted in (("float_continued", continued), ("fine_tuned", tuned)):
         model = ternary_model if fitted is tuned else float_model
         if fitted is not None:
@@ -203,6 +206,7 @@ def _fine_tune(
     out: Path,
     settings: Settings,
     console: Console | None,
+    sinks: Sequence[Callable[[dict], None]],
 ) -> tuple[Fit, Fit | None]:
     """The ternary model and, to compare, the float one, on the same tokens in the same order."""
     steps = steps_per_epoch(text, settings.batch * settings.accumulate) * settings.epochs
@@ -214,6 +218,7 @@ def _fine_tune(
         "seed": settings.seed,
         "held_out": held_out,
         "log": out / "metrics.jsonl",
+        "sinks": sinks,
         "console": console,
     }
     once = lambda latent: prequantize(latent, settings.policy, settings.scheme)

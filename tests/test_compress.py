@@ -195,7 +195,20 @@ def test_an_interrupted_job_is_resumed_to_the_same_end(home, capsys, monkeypatch
 
 
 def test_options_of_training(home):
-    options = ["--distill", "0.5", "--patience", "1", "--dtype", "bfloat16", "--scheme", "int4"]
+    options = [
+        "--tensorboard",
+        "board",
+        "--optimizer",
+        "mugrokfast",
+        "--distill",
+        "0.5",
+        "--patience",
+        "1",
+        "--dtype",
+        "bfloat16",
+        "--scheme",
+        "int4",
+    ]
     arguments = ["compress", "decoder", *SHORT, "--epochs", "1", "--no-compare"]
     assert cli.main([*arguments, *options, "--out", "options"]) == 0
     stored = load_model(home / "options" / "packed")
@@ -204,6 +217,7 @@ def test_options_of_training(home):
     assert type(kernel).__name__ == "PackedInt4" and kernel.group == 32
     report = json.loads((home / "options" / "report.json").read_text())
     assert report["alternatives"] == {}
+    assert list((home / "board").glob("events*"))
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,10 @@ class Compress:
     """Also continue the float model on the same text, the honest yardstick."""
     seed: int = 0
     """Fixes the order of the text and the sampling."""
+    tensorboard: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Also draw the trainings' curves for TensorBoard, in this folder."""
+    wandb: Annotated[str | None, tyro.conf.arg(metavar="PROJECT")] = None
+    """Also send the trainings' curves to this project of Weights & Biases."""
     json: Json = None
     """Also write the report's figures to this file."""
 
@@ -125,14 +129,21 @@ class Compress:
             source = compress.load_source(self.model, self.module, self.tokenizer, console)
             source = compress.computed_in(source, self.dtype)
             text = compress.load_text(self.data, source, self.length)
+        sinks = self._sinks()
         prepare_output(self.out, self.resume)
-        result = compress.run(source, text, self.out, settings, console)
+        result = compress.run(source, text, self.out, settings, console, sinks)
         _show(result, self.out, console)
         lost = result["relative_accuracy_loss"]
         if bound is not None and lost > bound:
             told = f"lost {100 * lost:.2f} % of the accuracy, --max-loss allows {100 * bound:.2f} %"
             return result | {"failed": f"{told}; the model and its report are in {self.out}"}
         return result
+
+    def _sinks(self) -> list:
+        from ..train import sinks
+
+        found = [] if self.tensorboard is None else [sinks.tensorboard(self.tensorboard)]
+        return found + ([] if self.wandb is None else [sinks.wandb(self.wandb)])
 
 
 def _check_epochs(epochs: int) -> None:
