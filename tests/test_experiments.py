@@ -1,0 +1,33 @@
+"""Every notebook runs from top to bottom, and is kept with what it printed."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def test_there_are_notebooks():
+    assert len(NOTEBOOKS) >= 4
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.filterwarnings("default")  # Jupyter's own; what the cells warn of goes to their output
+def test_notebook_runs(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert any(cell.outputs for cell in code), "kept without its outputs; run it and save"
+    kept = [output.output_type for cell in code for output in cell.outputs]
+    assert "error" not in kept
+    resources = {"metadata": {"path": str(FOLDER)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    warned = [
+        output.text
+        for cell in code
+        for output in cell.outputs
+        if output.output_type == "stream" and "Warning" in output.text
+    ]
+    assert not warned
