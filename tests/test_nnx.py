@@ -6,6 +6,7 @@ import optax
 import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
+from optax.contrib import MuonDimensionNumbers
 
 import bitnet_jax
 from bitnet_jax import (
@@ -20,6 +21,7 @@ from bitnet_jax import (
     convert,
 )
 from bitnet_jax.nnx import promote_dtype, update, variables
+from bitnet_jax.optim import labels, mugrokfast
 
 from .battery import SCHEMES, name_of, normal
 
@@ -252,6 +254,26 @@ def test_nnx_training_lowers_the_loss():
     want = run(model, IDS)
     update(model, convert(variables(model), Policy(POLICY.rules[1:], HEADS), TWN).tree)
     same(run(model, IDS), want)
+
+
+def test_mugrokfast_trains_an_nnx_module():
+    """Labels and Muon's axes read NNX's state as they read Linen's tree."""
+    attention = nnx.MultiHeadAttention(2, 32, rngs=rngs(), decode=False, **ATTENTION)
+    heads, merged = MuonDimensionNumbers(0, (1, 2)), MuonDimensionNumbers((0, 1), 2)
+    axes = {"query|key|value": heads, "out": merged}
+    found = labels(nnx.state(attention, nnx.Param), axes)
+    assert jax.tree.leaves(found) == ["plain", "muon"] * 4
+    rule = mugrokfast(1e-2, axes=axes, lamb=1.0, ste=True)
+    optimizer, x = nnx.Optimizer(attention, rule, wrt=nnx.Param), normal(0, 4, 8, 32)
+
+    @nnx.jit
+    def step(model, optimizer):
+        value, grads = nnx.value_and_grad(lambda m: (m(x) ** 2).mean())(model)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [float(step(attention, optimizer)) for _ in range(5)]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_split_merge_vmap_scan_and_eval_shape():
