@@ -182,7 +182,7 @@ def keep_what_layers_refuse(
       The policy, with a rule ``"float16"`` in front for each such leaf, and their paths.
 
     >>> import flax.linen as nn
-    >>> apply = lambda v: nn.Dense(4).apply(v, jnp.ones((1, 4)))
+    >>> apply = lambda v: nn.Dense(4, use_bias=False).apply(v, jnp.ones((1, 4)))
     >>> keep_what_layers_refuse(apply, {"params": {"kernel": jnp.eye(4)}}, Policy(), Scheme())[1]
     ('kernel',)
     """

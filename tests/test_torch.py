@@ -229,6 +229,13 @@ def test_prefixes_and_half_precision():
     assert_allclose(Mlp().apply(imported("mlp", small).tree, x), y, rtol=0, atol=0.01)
 
 
+def test_a_part_that_is_called_like_a_wrapper():
+    state = {"model.up.weight": np.ones((3, 2)), "model.up.bias": np.ones(3)}
+    like = {"params": {"model": {"up": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}}}
+    assert jax.tree.structure(from_torch(state, like).tree) == jax.tree.structure(like)
+    assert "up" in from_torch(state).tree["params"]
+
+
 def test_tied_tensors_are_kept_once():
     result = imported("transformer")
     assert result.report.tied == {"head.weight": "embed.weight"}

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -25,11 +25,17 @@ class Part:
     array: np.ndarray
 
 
-def rename_all(tensors: Tensors, rename: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Name in the file to name without wrappers' prefixes, renamed as the caller asked."""
+def rename_all(
+    tensors: Tensors, rename: Sequence[tuple[str, str]], own: Collection[str] = ()
+) -> dict[str, str]:
+    """Name in the file to name without wrappers' prefixes, renamed as the caller asked.
+
+    ``own`` are names of the network's own parts, which are no wrappers: a ``model`` inside it, say.
+    """
     names = {n: n.replace("_orig_mod.", "") for n in (*tensors.arrays, *tensors.tied)}
     shared = lambda prefix: all(v.startswith(prefix) for v in names.values())
-    while prefix := next(filter(shared, _PREFIXES), ""):
+    prefixes = [p for p in _PREFIXES if p.removesuffix(".") not in own]
+    while prefix := next(filter(shared, prefixes), ""):
         names = {k: v.removeprefix(prefix) for k, v in names.items()}
     for pattern, replacement in rename:
         try:

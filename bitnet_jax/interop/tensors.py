@@ -167,9 +167,10 @@ def from_state_dict(state: Mapping, source: str = "state dict") -> Tensors:
     arrays: dict[str, np.ndarray] = {}
     tied: dict[str, str] = {}
     seen: dict[Any, str] = {}
-    for name, x in state.items():
+    for key, x in state.items():
+        name = str(key)
         if not _is_array(x):
-            ignored += (str(name),)
+            ignored += (name,)
             continue
         place = _place(x)
         if place in seen:

@@ -86,6 +86,9 @@ def from_torch(
     | MultiheadAttention ``out_proj.weight``  | ``out``: ``kernel``                               |
     | a name ``layers.0.linear``              | a path ``layers_0/linear``                        |
 
+    Not told apart from a Conv, and so to be permuted by hand: ConvTranspose. Recurrent layers have
+    no such table; their tensors keep names and shapes.
+
     Args:
       source: a path (see `bitnet_jax.interop.tensors.read`), or a state dict of arrays or tensors.
       like: variables of the network the weights are for, as ``jax.eval_shape(model.init, ...)`` or
@@ -115,7 +118,8 @@ def from_torch(
     if not tensors.arrays:
         raise BitnetError(f"{name}: holds no tensor")
     _check(name, tensors)
-    names = rename_all(tensors, rename)
+    own = () if like is None else like.get("params", like)
+    names = rename_all(tensors, rename, own)
     if like is None:  # a tied tensor has one place, its first
         names = {n: new for n, new in names.items() if n not in tensors.tied}
     parts = split_attention(name, tensors, names)
