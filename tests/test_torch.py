@@ -311,7 +311,7 @@ def test_attention_with_its_own_key_size():
 
 def test_integers_stay_integers():
     tree = from_torch({"steps": np.arange(3), "up.weight": np.ones((2, 2), np.float64)}).tree
-    assert tree["params"]["steps"].dtype == jnp.int32
+    assert tree["buffers"]["steps"].dtype == jnp.int32
     assert tree["params"]["up"]["kernel"].dtype == jnp.float32
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import safetensors
 
 from ..errors import BitnetError
+from .unpickle import load
 
 _TORCH = (".pt", ".pth", ".bin")
 # Where training scripts keep the state dict inside what they save.
@@ -120,24 +120,8 @@ def _shards(index: Path) -> Tensors:
 
 
 def _torch(path: Path) -> Mapping:
-    """A PyTorch file through its tensors-only unpickler."""
-    try:
-        import torch
-    except ImportError:
-        raise BitnetError(
-            f"{path}: reading it needs PyTorch: pip install torch, or save it as safetensors"
-        ) from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about containers of old versions, which are fine
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        if "weights_only" in str(e) or "Unsupported" in str(e):
-            raise BitnetError(
-                f"{path}: holds more than tensors (code, or objects that need it); refused, nothing"
-                " was run. Save its state_dict() alone, best as safetensors"
-            ) from None
-        raise BitnetError(f"{path}: not a PyTorch file, or damaged ({_line(e)})") from None
+    """The dict in a PyTorch file."""
+    found = load(path)
     if not isinstance(found, Mapping):
         raise BitnetError(f"{path}: holds a {type(found).__name__}, not a state dict")
     return found

@@ -58,14 +58,18 @@ class ImportReport:
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """Flax variables, ``{"params": ..., "batch_stats": ...}``, and what became of every tensor."""
+    """Flax variables, ``{"params": ..., "batch_stats": ...}``, and what became of every tensor.
+
+    Integer tensors that no template claims are in ``"buffers"``: among parameters, `jax.grad` would
+    refuse them.
+    """
 
     tree: Tree
     report: ImportReport
 
 
 def from_torch(
-    source: str | Path | Mapping,
+    source: Any,
     like: Tree | None = None,
     *,
     rename: Sequence[tuple[str, str]] = (),
@@ -90,7 +94,8 @@ def from_torch(
     no such table; their tensors keep names and shapes.
 
     Args:
-      source: a path (see `bitnet_jax.interop.tensors.read`), or a state dict of arrays or tensors.
+      source: a path (see `bitnet_jax.interop.tensors.read`), a state dict of arrays or tensors, or
+        an ``nn.Module``.
       like: variables of the network the weights are for, as ``jax.eval_shape(model.init, ...)`` or
         `bitnet_jax.nnx.variables` gives them: the result has exactly this structure, and layer
         kinds, heads and tied tensors follow from it. Without it they are told by names and shapes:
@@ -113,6 +118,8 @@ def from_torch(
     >>> jax.tree.map(jnp.shape, from_torch(state).tree)
     {'params': {'up': {'bias': (3,), 'kernel': (2, 3)}}}
     """
+    if hasattr(source, "state_dict"):
+        source = source.state_dict()
     name = "state dict" if isinstance(source, Mapping) else str(source)
     tensors = from_state_dict(source) if isinstance(source, Mapping) else read(Path(source))
     if not tensors.arrays:
@@ -158,6 +165,8 @@ def _by_kind(source: str, parts: dict[str, Part], heads: int | None) -> Placed:
         x, collection = part.array, "params"
         if leaf in _STATISTICS:
             collection, leaf = "batch_stats", _STATISTICS[leaf]
+        elif not jnp.issubdtype(x.dtype, jnp.inexact):
+            collection = "buffers"
         elif leaf == "weight":
             leaf = "scale" if x.ndim < 2 else "kernel"
             if x.ndim == 2 and _EMBEDDING.search(module):
