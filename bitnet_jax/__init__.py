@@ -11,6 +11,7 @@ from .dot import with_scheme as with_scheme
 from .errors import BitnetError as BitnetError
 from .leaf import PackedInt4 as PackedInt4
 from .leaf import PackedInt8 as PackedInt8
+from .leaf import PackedSparse as PackedSparse
 from .leaf import PackedTernary as PackedTernary
 from .leaf import Ternary as Ternary
 from .leaf import is_quantized as is_quantized

@@ -1,8 +1,10 @@
 """Parameter tree in, parameter tree out: which leaves become ternary, and what became of each."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -10,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import BitnetError
-from .leaf import Packed, PackedTernary, Prequantized, Quantized, Ternary, is_quantized
+from .leaf import (
+    Packed,
+    PackedSparse,
+    PackedTernary,
+    Prequantized,
+    Quantized,
+    Ternary,
+    is_quantized,
+)
 from .packed import pack_weight, unpack_weight
 from .policy import FLOATS, Policy, place, quantized_format, scheme_of
 from .quantize import Scheme, dequantize, quantize_kernel
@@ -109,14 +119,20 @@ def _kernel(x: jax.Array, path: str, format: str, policy: Policy, scheme: Scheme
 _quantize_kernel = jax.jit(quantize_kernel, static_argnums=(1, 2))
 
 
-def ternarise(params: Tree, policy: Policy = Policy(), scheme: Scheme = Scheme()) -> Tree:
+def ternarise(
+    params: Tree,
+    policy: Policy = Policy(),
+    scheme: Scheme = Scheme(),
+    found: Mapping[str, Quantized] = MappingProxyType({}),
+) -> Tree:
     """Latent weights to quantised leaves where the policy says so; the other leaves are cast.
 
     Args:
       params: tree of float arrays: Linen's variables (with or without ``params``) or an
-        `flax.nnx.State`.
+        `flax.nnx.State`. Leaves that are quantised already stay as they are.
       policy: which leaves, and the formats of the others.
       scheme: how latent weights become codes and scale.
+      found: quantised weights that are known already, by path, as from `bitnet_jax.calibrate`.
 
     Returns:
       A tree of the same structure, `Ternary` (`Int8`, `Int4`) in place of the matrices.
@@ -132,12 +148,14 @@ def ternarise(params: Tree, policy: Policy = Policy(), scheme: Scheme = Scheme()
 
     def one(path, x):
         name = path_name(path)
+        if name in found or is_quantized(x):
+            return found.get(name, x)
         format, _ = place(name, x, policy)
         if format is None:
             return x
         return x.astype(format) if format in FLOATS else _kernel(x, name, format, policy, scheme)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_quantized)
 
 
 def prequantize(params: Tree, policy: Policy = Policy(), scheme: Scheme = Scheme()) -> Tree:
@@ -263,7 +281,7 @@ def report(before: Tree, after: Tree, policy: Policy = Policy()) -> Report:
       after: the same tree with ternary leaves, packed or not.
       policy: the one it was converted by; says why a leaf was kept.
     """
-    old = jax.tree_util.tree_leaves_with_path(before)
+    old = jax.tree_util.tree_leaves_with_path(before, is_leaf=is_quantized)
     new = jax.tree.leaves(after, is_leaf=is_quantized)
     return Report(tuple(_leaf_report(path_name(p), x, y, policy) for (p, x), y in zip(old, new)))
 
@@ -272,7 +290,8 @@ def _leaf_report(path: str, x: jax.Array, y: Any, policy: Policy) -> LeafReport:
     _, note = place(path, x, policy)
     if not is_quantized(y):
         return LeafReport(path, x.shape, str(y.dtype), x.nbytes, y.nbytes, note=note)
-    return LeafReport(path, x.shape, format_name(y), x.nbytes, y.nbytes, *code_counts(y))
+    size = 4 * math.prod(x.shape) if is_quantized(x) else x.nbytes
+    return LeafReport(path, x.shape, format_name(y), size, y.nbytes, *code_counts(y))
 
 
 def format_name(leaf: Quantized | Packed) -> str:
@@ -282,7 +301,7 @@ def format_name(leaf: Quantized | Packed) -> str:
 
 def code_counts(leaf: Quantized | Packed) -> tuple[int, int, int]:
     """How many codes are -1, 0 and +1; zeros for a leaf that is not ternary."""
-    if not isinstance(leaf, Ternary | PackedTernary):
+    if not isinstance(leaf, Ternary | PackedTernary | PackedSparse):
         return 0, 0, 0
     codes = np.asarray(unpack_weight(leaf).codes if isinstance(leaf, Packed) else leaf.codes)
     minus, zeros, plus = (int((codes == v).sum()) for v in (-1, 0, 1))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .leaf import Packed, Prequantized, Quantized, is_quantized, split
+from .leaf import Acting, Packed, Prequantized, Product, Quantized, is_quantized, split
 from .ops import integer_product
 from .packed import unpack_weight
 from .quantize import Scheme, grouped, matrix_values, quantize_activations, quantize_weights
@@ -128,7 +128,7 @@ def _weight_of(rhs: Any, scheme: Scheme, contract: Sequence[int], batch: Sequenc
 
 def dot_general(
     lhs: jax.Array,
-    rhs: jax.Array | Quantized | Packed | Prequantized,
+    rhs: jax.Array | Quantized | Packed | Prequantized | Acting,
     dimension_numbers: DimensionNumbers,
     precision=None,
     preferred_element_type=None,
@@ -149,7 +149,8 @@ def dot_general(
     Args:
       lhs: activations, float, any shape; quantised over the contracted axes together.
       rhs: latent weights (float, any shape), quantised here; or a quantised leaf, packed or not, of
-        shape (*batch, *in axes, *out axes), whose codes are multiplied as they are.
+        shape (*batch, *in axes, *out axes), whose codes are multiplied as they are; or a leaf that
+        says itself what multiplying by it means (`bitnet_jax.leaf.Acting`).
       dimension_numbers: as in `jax.lax.dot_general`.
       precision: of the backward products; the forward one is exact.
       preferred_element_type: dtype of the result; by default lhs's.
@@ -168,6 +169,14 @@ def dot_general(
     >>> dot_general(x, w, (((1,), (0,)), ((), ()))).round(4).tolist()
     [[0.5], [0.5]]
     """
+    if isinstance(rhs, Acting):
+        again = lambda scheme: lambda lhs, rhs: dot_general(
+            lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding,
+            scheme=scheme,
+        )  # fmt: skip
+        (contract, _), (batch, _) = dimension_numbers
+        call = Product(again(scheme), again(None), tuple(contract), tuple(batch))
+        return rhs.product(lhs, call)
     if scheme is None and not is_quantized(rhs):
         return _plain(lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding)
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers

@@ -32,11 +32,11 @@ def take(table: Quantized | Packed, ids: jax.Array, dtype: Any = None) -> jax.Ar
     """
     rows = table.in_features
     ids = jnp.where(ids < 0, ids + rows, ids)
-    per_byte = 8 // table.bits if isinstance(table, Packed) else 1
+    per_byte = 8 // int(table.bits) if isinstance(table, Packed) else 1
     codes = jnp.take(table.codes, ids // per_byte, axis=0, mode="clip")
     if isinstance(table, Packed):
         # The byte of each row is a matrix of one row of bytes, of which one code is ours.
-        codes = unpack_codes(codes[..., None, :], per_byte, table.bits)
+        codes = unpack_codes(codes[..., None, :], per_byte, int(table.bits))
         codes = jnp.take_along_axis(codes, (ids % per_byte)[..., None, None], axis=-2)[..., 0, :]
     scale = jnp.take(table.scale, ids // (table.group or max(rows, 1)), axis=0, mode="clip")
     inside = ((ids >= 0) & (ids < rows))[..., None]

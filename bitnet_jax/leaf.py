@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 
@@ -96,6 +97,15 @@ class Ternary(Quantized):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Sparse(Ternary):
+    """A 3:4 sparse ternary weight: of inputs 4j to 4j+3 exactly one has code 0, see `Quantized`.
+
+    Where the last four is not complete, the missing inputs count as that one.
+    """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Int8(Quantized):
     """An 8-bit weight: codes in [-127, 127] and their scale, see `Quantized`."""
 
@@ -110,7 +120,8 @@ class Int4(Quantized):
 class Packed(_Leaf):
     """A quantised weight with its codes at ``bits`` bits, to stand where a kernel stood.
 
-    Invariants: ``codes`` is uint8, shape (..., ceil(in * bits / 8), out). With n = 8 / bits codes a
+    Invariants (of 2, 4 and 8 bits; `PackedSparse` has its own): ``codes`` is uint8, shape
+    (..., ceil(in * bits / 8), out). With n = 8 / bits codes a
     byte, bits j * bits and up of byte i hold code + offset of input n i + j (offset 1, 8 and 128
     for 2, 4 and 8 bits), so adjacent inputs share a byte and inputs past the end read as code 0.
     ``scale``, ``group``, ``in_shape`` and ``out_shape`` are as in `Quantized`. Only sizes that
@@ -124,7 +135,7 @@ class Packed(_Leaf):
     group: int = _static(0)
     in_shape: tuple[int, ...] = _static(())
     out_shape: tuple[int, ...] = _static(())
-    bits: ClassVar[int]
+    bits: ClassVar[float]
     unpacked: ClassVar[type[Quantized]]
 
 
@@ -139,8 +150,21 @@ class PackedTernary(Packed):
     ((5, 3), 10)
     """
 
-    bits: ClassVar[int] = 2
+    bits: ClassVar[float] = 2
     unpacked: ClassVar[type[Quantized]] = Ternary
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedSparse(Packed):
+    """A packed 3:4 sparse ternary weight: five bits for four adjacent inputs.
+
+    Invariant: ``codes`` is uint8, shape (..., 5 ceil(in / 32), out), in the layout of
+    `bitnet_jax.sparse.pack_fours`; the rest is as in `Packed`.
+    """
+
+    bits: ClassVar[float] = 1.25
+    unpacked: ClassVar[type[Quantized]] = Sparse
 
 
 @jax.tree_util.register_dataclass
@@ -148,7 +172,7 @@ class PackedTernary(Packed):
 class PackedInt4(Packed):
     """A packed 4-bit weight, two adjacent inputs to a byte, see `Packed`."""
 
-    bits: ClassVar[int] = 4
+    bits: ClassVar[float] = 4
     unpacked: ClassVar[type[Quantized]] = Int4
 
 
@@ -157,11 +181,11 @@ class PackedInt4(Packed):
 class PackedInt8(Packed):
     """A packed 8-bit weight, a byte a code, see `Packed`."""
 
-    bits: ClassVar[int] = 8
+    bits: ClassVar[float] = 8
     unpacked: ClassVar[type[Quantized]] = Int8
 
 
-PACKED: tuple[type[Packed], ...] = (PackedTernary, PackedInt4, PackedInt8)
+PACKED: tuple[type[Packed], ...] = (PackedTernary, PackedSparse, PackedInt4, PackedInt8)
 
 
 @jax.tree_util.register_dataclass
@@ -193,10 +217,56 @@ class Prequantized:
         return Prequantized(self.latent[index], self.weight[index])
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product under way, as an `Acting` leaf sees it.
+
+    Attributes:
+      ternary: (lhs, rhs) -> out, the layer's own product with another right-hand side.
+      plain: the same in float, without quantising anything.
+      contract, batch: axes of lhs that are contracted, and those shared with rhs.
+    """
+
+    ternary: Callable[[jax.Array, Any], jax.Array]
+    plain: Callable[[jax.Array, Any], jax.Array]
+    contract: tuple[int, ...]
+    batch: tuple[int, ...]
+
+
+class Acting:
+    """A leaf that says itself what multiplying by it means.
+
+    Parts of training recipes (`bitnet_jax.recipe`) and the probes of `bitnet_jax.calibrate` are
+    leaves of this kind: they hold a kernel, latent or quantised or acting itself, so they nest, and
+    neither the operator nor the layers know which there are.
+    """
+
+    kernel: Any
+
+    def product(self, lhs: jax.Array, call: Product) -> jax.Array:
+        """What stands for lhs times the kernel."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.kernel.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self):
+        return self.kernel.dtype
+
+    def __getitem__(self, index):
+        return self if index is Ellipsis else jax.tree.map(lambda x: x[index], self)
+
+
 def is_quantized(x: object) -> bool:
     """Whether ``x`` is one of our leaves, packed or not: the ``is_leaf`` of tree functions.
 
     >>> is_quantized(1.0)
     False
     """
-    return isinstance(x, Quantized | Packed | Prequantized)
+    return isinstance(x, Quantized | Packed | Prequantized | Acting)

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from .leaf import PACKED, Packed, Quantized
+from .leaf import PACKED, Packed, PackedSparse, Quantized
+from .sparse import pack_fours, unpack_fours
 
 _KIND = {kind.unpacked: kind for kind in PACKED}
 
@@ -56,8 +57,9 @@ def pack_weight(weight: Quantized) -> Packed:
     ('PackedTernary', (5, 3), (2, 3), 10)
     """
     kind = _KIND[type(weight)]
+    sparse = kind is PackedSparse
     return kind(
-        pack_codes(weight.codes, kind.bits),
+        pack_fours(weight.codes) if sparse else pack_codes(weight.codes, int(kind.bits)),
         weight.scale,
         weight.in_features,
         weight.group,
@@ -68,5 +70,8 @@ def pack_weight(weight: Quantized) -> Packed:
 
 def unpack_weight(leaf: Packed) -> Quantized:
     """The packed leaf back to the quantised weight; exact, jit-able."""
-    codes = unpack_codes(leaf.codes, leaf.in_features, leaf.bits)
+    if isinstance(leaf, PackedSparse):
+        codes = unpack_fours(leaf.codes, leaf.in_features)
+    else:
+        codes = unpack_codes(leaf.codes, leaf.in_features, int(leaf.bits))
     return leaf.unpacked(codes, leaf.scale, leaf.group, leaf.in_shape, leaf.out_shape)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,18 +16,34 @@ import optax
 from rich.console import Console
 
 from . import advice, checkpoint, report
-from .convert import Report, check_finite, convert, prequantize
+from .calibrate import calibrate, latent_start
+from .convert import (
+    Converted,
+    Report,
+    check_finite,
+    convert,
+    pack,
+    prequantize,
+    ternarise,
+    unpack,
+)
+from .convert import report as table_of
 from .errors import BitnetError
 from .models.folder import ModelFolder, PythonModule, load_model, save_model
 from .models.generate import Sampling, stream
-from .optim import adamw, mugrokfast
+from .models.subnorm import insert_sub_norms
+from .optim import adamw, mugrokfast, two_stage
 from .output import RESUME
 from .policy import Policy
 from .quantize import Scheme
+from .recipe import DeadZone, LearnedScales, Part, Residual, WarmUp, finish
 from .train.data import steps_per_epoch
 from .train.distill import distillation
 from .train.evaluate import evaluate
 from .train.loop import Fit, fit
+from .train.loss import Loss
+from .train.relation import relation
+from .train.watch import watch
 
 Tree = Any
 
@@ -39,12 +56,28 @@ class Settings:
       scheme: how latent weights become ternary. The default, twn per output channel, lost least
         in our first tries at this budget.
       policy: which leaves become ternary and what the others are kept in.
+      start: convert by what the text does to each matrix (`bitnet_jax.calibrate`), or by the
+        scheme's rule alone.
+      start_windows: windows of text the conversion looks at.
+      keep: how much of the float weights' own size training starts with, see
+        `bitnet_jax.calibrate.latent_start`.
       epochs: passes over the text of fine-tuning through the straight-through estimator.
       batch: windows of text in memory at once.
       accumulate: batches whose gradients are averaged for one step.
       patience: epochs without a lower held-out loss after which a training stops; None for never.
       distill: weight of the float model's distribution in the loss of fine-tuning, 0..1.
       temperature: of both distributions then.
+      teacher: which float model that is: as it came, or continued on the same tokens.
+      relation: weight of the attention relations of ``relation_layer`` in the loss, see
+        `bitnet_jax.train.relation`.
+      relation_layer: path of an attention; None for the last layer but one of a `Decoder`.
+      warmup: share of the steps in which quantisation sets in, see `bitnet_jax.recipe.WarmUp`.
+      learn_scales: train the scales too, see `bitnet_jax.recipe.LearnedScales`.
+      dead_zone: strength of `bitnet_jax.recipe.DeadZone`, which fades to 0.
+      residual: add the fading float product of `bitnet_jax.recipe.Residual`.
+      sub_norms: first put norms in front of the output projections; changes the function, see
+        `bitnet_jax.models.subnorm`.
+      schedule: cosine to zero, or the two stages of `bitnet_jax.optim.two_stage`.
       optimizer: AdamW by default: on the demo it came as far a step as Muon, in 0.6 of its time.
       learning_rate: peak for the ternary model; decays to zero.
       float_learning_rate: peak for the float model that is continued beside it.
@@ -55,12 +88,24 @@ class Settings:
 
     scheme: Scheme = Scheme("twn", "channel")
     policy: Policy = Policy()
+    start: Literal["data", "rule"] = "data"
+    start_windows: int = 128
+    keep: float = 0.5
     epochs: int = 3
     batch: int = 8
     accumulate: int = 1
     patience: int | None = None
     distill: float = 0.0
-    temperature: float = 2.0
+    temperature: float = 1.0
+    teacher: Literal["source", "continued"] = "source"
+    relation: float = 0.0
+    relation_layer: str | None = None
+    warmup: float = 0.0
+    learn_scales: bool = False
+    dead_zone: float = 0.0
+    residual: bool = False
+    sub_norms: bool = False
+    schedule: Literal["cosine", "two-stage"] = "cosine"
     optimizer: Literal["adamw", "mugrokfast"] = "adamw"
     learning_rate: float = 2e-3
     float_learning_rate: float = 1e-3
@@ -70,10 +115,71 @@ class Settings:
 
 
 def fine_tuner(settings: Settings, rate: float, steps: int) -> optax.GradientTransformation:
-    """The optimizer of fine-tuning, with a short warm-up and a cosine to zero."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(steps // 20, 1), max(steps, 2))
+    """The optimizer of fine-tuning, with a short warm-up and a schedule to zero."""
+    decay: Any = settings.weight_decay
+    if settings.schedule == "two-stage":
+        schedule, decay = two_stage(rate, max(steps, 2), weight_decay=decay)
+    else:
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(steps // 20, 1), max(steps, 2))
     make = {"adamw": adamw, "mugrokfast": mugrokfast}[settings.optimizer]
-    return make(schedule, weight_decay=settings.weight_decay)
+    return make(schedule, weight_decay=decay)
+
+
+def recipe_of(settings: Settings, steps: int) -> tuple[Part, ...]:
+    """The parts the settings ask for, of a training of so many steps; () for the plain one."""
+    policy, scheme = settings.policy, settings.scheme
+    parts: list[Part] = []
+    if settings.learn_scales:
+        parts.append(LearnedScales(policy, scheme))
+    if settings.dead_zone:
+        dead_zone = DeadZone(settings.dead_zone, steps, policy=policy, scheme=scheme)
+        parts.append(dead_zone)
+    if settings.residual:
+        parts.append(Residual(steps, policy=policy))
+    if settings.warmup:
+        parts.append(WarmUp(max(round(settings.warmup * steps), 1), policy, scheme))
+    return tuple(parts)
+
+
+def loss_of(
+    settings: Settings, model: nn.Module, teacher_params: Tree, layers: int | None = None
+) -> Loss:
+    """The loss the settings ask for, with a float model as the teacher.
+
+    Raises:
+      BitnetError: if relations are asked for without a layer.
+    """
+    loss = distillation(
+        model, teacher_params, temperature=settings.temperature, mixing=settings.distill
+    )
+    if not settings.relation:
+        return loss
+    layer = settings.relation_layer
+    if layer is None and layers is None:
+        raise BitnetError("relation: say at which attention, relation_layer='path/of/it'")
+    layer = layer or f"layer_{max((layers or 0) - 2, 0)}/attention"
+    return relation(loss, model, teacher_params, layer=layer, weight=settings.relation)
+
+
+def convert_source(
+    source: ModelFolder, text: np.ndarray, settings: Settings, console: Console | None = None
+) -> Converted:
+    """The float model made ternary without training, by the start the settings ask for.
+
+    Args:
+      source: the float model.
+      text: windows (n, length + 1); a number of them, spread evenly, are looked at.
+    """
+    if settings.start == "rule":
+        return convert(source.params, settings.policy, settings.scheme)
+    count = min(settings.start_windows, len(text)) // settings.batch * settings.batch
+    chosen = text[:: max(len(text) // max(count, 1), 1)][:count, :-1]
+    batches = [jnp.asarray(chosen[i : i + settings.batch]) for i in range(0, count, settings.batch)]
+    stages = source.stages(settings.scheme)
+    tree = calibrate(
+        source.params, stages, batches, settings.policy, settings.scheme, console=console
+    )
+    return Converted(pack(tree), table_of(source.params, tree, settings.policy))
 
 
 def run(
@@ -116,7 +222,10 @@ def run(
     check_finite(source.params)
     steps_per_epoch(text, settings.batch * settings.accumulate)
     float_model = source.config.build(None)
-    ternary_model = source.config.build(settings.scheme)
+    student = source
+    if settings.sub_norms:
+        student = insert_sub_norms(source, text[: settings.batch * 2, :-1])
+    ternary_model = student.config.build(settings.scheme)
     size = sum(x.size for x in jax.tree.leaves(source.params))
 
     say("[bold]1 measure[/] the float model on held-out text")
@@ -126,16 +235,25 @@ def run(
         raise BitnetError("the float model guesses no token right; train it before converting it")
 
     say("[bold]2 plan and convert[/]")
-    first = convert(source.params, settings.policy, settings.scheme)
+    first = convert_source(student, text, settings, console)
     say(report.plan_table(first.report))
     with busy("measuring"):
+        if settings.start == "data":
+            plain = ternarise(student.params, settings.policy, settings.scheme)
+            scores["rounded"] = evaluate(ternary_model, plain, held_out, settings.batch)
         scores["converted"] = evaluate(ternary_model, first.tree, held_out, settings.batch)
         others = {}
         if size < advice.SMALL and settings.scheme.rule not in ("int8", "int4"):
             others = advice.alternatives(source, held_out, settings.policy, settings.batch)
 
     say(f"[bold]3 fine-tune[/], epochs: {settings.epochs}, through the straight-through estimator")
-    tuned, continued = _fine_tune(source, text, held_out, out, settings, console, sinks)
+    start = (
+        latent_start(student.params, unpack(first.tree), settings.scheme, settings.keep)
+        if settings.start == "data"
+        else student.params
+    )
+    student = dataclasses.replace(student, params=start)
+    tuned, continued = _fine_tune(source, student, text, held_out, out, settings, console, sinks)
     for name, fitted in (("float_continued", continued), ("fine_tuned", tuned)):
         model = ternary_model if fitted is tuned else float_model
         if fitted is not None:
@@ -144,7 +262,7 @@ def run(
 
     say("[bold]4 pack, reload, verify[/]")
     with busy("packing and measuring"):
-        conversion, reloaded, same = _pack(source, tuned.params, held_out, out, settings)
+        conversion, reloaded, same = _pack(source, student, tuned.params, held_out, out, settings)
         scores["packed"] = evaluate(reloaded.model, reloaded.params, held_out, settings.batch)
 
     windows = tuned.steps * settings.batch * settings.accumulate
@@ -172,7 +290,12 @@ def run(
 
 
 def _pack(
-    source: ModelFolder, latent: Tree, held_out: np.ndarray, out: Path, settings: Settings
+    source: ModelFolder,
+    student: ModelFolder,
+    latent: Tree,
+    held_out: np.ndarray,
+    out: Path,
+    settings: Settings,
 ) -> tuple[Report, ModelFolder, bool]:
     """Pack and save the tuned model, and the source in float32 beside it; reload and compare.
 
@@ -180,7 +303,7 @@ def _pack(
       What became of every leaf, the model as reloaded, and whether its logits are the same.
     """
     packed = convert(latent, settings.policy, settings.scheme)
-    ternary = dataclasses.replace(source, scheme=settings.scheme, params=packed.tree)
+    ternary = dataclasses.replace(student, scheme=settings.scheme, params=packed.tree)
     save_model(out / "packed", ternary, overwrite=True)
     full = jax.tree.map(_float32, source.params)
     save_model(out / "float32", dataclasses.replace(source, params=full), overwrite=True)
@@ -201,6 +324,7 @@ def _seconds(started: float, tuned: Fit, continued: Fit | None) -> dict[str, flo
 
 def _fine_tune(
     source: ModelFolder,
+    student: ModelFolder,
     text: np.ndarray,
     held_out: np.ndarray,
     out: Path,
@@ -208,7 +332,7 @@ def _fine_tune(
     console: Console | None,
     sinks: Sequence[Callable[[dict], None]],
 ) -> tuple[Fit, Fit | None]:
-    """The ternary model and, to compare, the float one, on the same tokens in the same order."""
+    """The ternary model and, to compare or to teach, the float one: same tokens, same order."""
     steps = steps_per_epoch(text, settings.batch * settings.accumulate) * settings.epochs
     common: dict[str, Any] = {
         "epochs": settings.epochs,
@@ -221,39 +345,47 @@ def _fine_tune(
         "sinks": sinks,
         "console": console,
     }
+    continued = None
+    if settings.compare or settings.teacher == "continued":
+        continued = fit(
+            source.config.build(None),
+            source.params,
+            fine_tuner(settings, settings.float_learning_rate, steps),
+            text,
+            stage="continue float",
+            keep=out / RESUME / "continued",
+            resume=out / RESUME / "float",
+            **common,
+        )
+        if continued.stopped:  # early: the last epochs were no better
+            best = checkpoint.load(out / RESUME / "continued" / "best").tree
+            continued = dataclasses.replace(continued, params=best)
+    teacher = source.params
+    if continued is not None and settings.teacher == "continued":
+        teacher = continued.params
+    recipe = recipe_of(settings, steps)
     once = lambda latent: prequantize(latent, settings.policy, settings.scheme)
     tuned = fit(
-        source.config.build(settings.scheme),
-        source.params,
+        student.config.build(settings.scheme),
+        student.params,
         fine_tuner(settings, settings.learning_rate, steps),
         text,
         stage="fine-tune ternary",
-        loss=distillation(
-            source.config.build(None),
-            source.params,
-            temperature=settings.temperature,
-            mixing=settings.distill,
+        loss=loss_of(
+            settings, source.config.build(None), teacher, getattr(source.config, "layers", None)
         ),
         prequantize=once if settings.accumulate > 1 else None,
+        recipe=recipe,
+        watch=watch(settings.policy, settings.scheme, recipe),
         keep=out / "latent",
         resume=out / RESUME / "ternary",
         **common,
     )
-    if tuned.stopped:  # early: the last epochs were no better
+    if tuned.stopped:
         best = checkpoint.load(out / "latent" / "best").tree
         tuned = dataclasses.replace(tuned, params=best)
-    if not settings.compare:
-        return tuned, None
-    continued = fit(
-        source.config.build(None),
-        source.params,
-        fine_tuner(settings, settings.float_learning_rate, steps),
-        text,
-        stage="continue float",
-        resume=out / RESUME / "float",
-        **common,
-    )
-    return tuned, continued
+    tuned = dataclasses.replace(tuned, params=finish(recipe, tuned.params))
+    return tuned, continued if settings.compare else None
 
 
 def _float32(x: jax.Array) -> jax.Array:

@@ -11,12 +11,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from .leaf import Int4, Int8, Quantized, Ternary
+from .leaf import Int4, Int8, Quantized, Sparse, Ternary
 
 # Clamp of the mean |w| below which a scale would divide by (almost) zero. BitNet b1.58 clamps at
 # 1e-5 ("The Era of 1-bit LLMs: Training Tips, Code and FAQ"), the sandbox's layer at 1e-8.
 # For the integer rules it bounds the largest |w|.
-_SMALLEST_SCALE = {"absmean": 1e-5, "threshold": 1e-8, "twn": 1e-8, "int8": 1e-8, "int4": 1e-8}
+_SMALLEST_SCALE = {"absmean": 1e-5} | dict.fromkeys(
+    ("threshold", "twn", "sherry", "int8", "int4"), 1e-8
+)
 # Share of the mean |w| under which a weight becomes 0; absmean needs none, it rounds.
 _THRESHOLD = {"threshold": 0.1, "twn": 0.7}
 # Largest |x| of a token is at least this, so that a row of zeros has a finite scale (same paper).
@@ -34,6 +36,8 @@ class Scheme:
     | absmean   | clip(round(w / m), -1, 1)           | m                           |
     | threshold | 0 where abs w < t m, else sign(w)   | m                           |
     | twn       | 0 where abs w < t m, else sign(w)   | mean abs w of the non-zeros |
+    | sherry    | 0 for the smallest abs w of four    | mean abs w of the non-zeros |
+    |           | inputs 4j..4j+3, else +-1 as w >= 0 |                             |
     | int8      | round(127 w / M)                    | M / 127                     |
     | int4      | round(7 w / M)                      | M / 7                       |
 
@@ -43,7 +47,8 @@ class Scheme:
     Args:
       rule: ``"absmean"`` (BitNet b1.58, arXiv 2402.17764), ``"threshold"`` (the Phase 4 sandbox,
         t = 0.1), ``"twn"`` (Ternary Weight Networks, arXiv 1605.04711, t = 0.7: close to the
-        least squares choice of codes, and exactly the least squares scale for them), ``"int8"`` or
+        least squares choice of codes, and exactly the least squares scale for them), ``"sherry"``
+        (3:4 sparse, 1.25 bits packed; Tencent AngelSlim; the first of equals is 0), ``"int8"`` or
         ``"int4"`` (symmetric, levels +-127 and +-7).
       scale: what shares a scale: ``"tensor"``, ``"channel"`` (each output has its own), ``"row"``
         (each input has its own: for tables that are looked up by row, embeddings) or an integer,
@@ -57,7 +62,7 @@ class Scheme:
     Scheme(rule='twn', scale=64, threshold=None)
     """
 
-    rule: Literal["absmean", "threshold", "twn", "int8", "int4"] = "absmean"
+    rule: Literal["absmean", "threshold", "twn", "sherry", "int8", "int4"] = "absmean"
     scale: Literal["tensor", "channel", "row"] | int = "tensor"
     threshold: float | None = None
 
@@ -69,12 +74,14 @@ class Scheme:
             raise ValueError(
                 f"scale {self.scale!r}: expected 'tensor', 'channel', 'row' or a group size above 0"
             )
+        if self.rule == "sherry" and (self.scale == "row" or (is_group and int(self.scale) % 4)):
+            raise ValueError(f"scale {self.scale!r}: rule 'sherry' needs a multiple of 4 inputs")
         if self.threshold is not None and (self.rule not in _THRESHOLD or not self.threshold >= 0):
             raise ValueError(f"threshold {self.threshold!r} does not fit rule {self.rule!r}")
 
 
-_KINDS: dict[str, type[Quantized]] = {"int8": Int8, "int4": Int4}
-_LEVELS = {"int8": 127, "int4": 7}
+_KINDS: dict[str, type[Quantized]] = {"int8": Int8, "int4": Int4, "sherry": Sparse}
+LEVELS = {"int8": 127, "int4": 7}
 
 
 def grouped(w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
@@ -88,7 +95,7 @@ def grouped(w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
     return blocks, rows[:, None, None]
 
 
-def _ungrouped(blocks: jax.Array, size: int) -> jax.Array:
+def ungrouped(blocks: jax.Array, size: int) -> jax.Array:
     """Inverse of `grouped`: (..., groups, group, out) -> (..., in, out)."""
     *lead, groups, group, out = blocks.shape
     return blocks.reshape(*lead, groups * group, out)[..., :size, :]
@@ -114,12 +121,12 @@ def quantize_weights(w: jax.Array, scheme: Scheme = Scheme()) -> Quantized:
     group = scheme.scale if isinstance(scheme.scale, int) else int(scheme.scale == "row")
     blocks, rows = grouped(w.astype(jnp.float32), group)
     axes = (-2, -1) if scheme.scale in ("tensor", "row") else (-2,)
-    if scheme.rule in _KINDS:
+    if scheme.rule in LEVELS:
         codes, scale = _round_to_levels(blocks, axes, scheme)
     else:
         codes, scale = _round_to_ternary(blocks, rows, axes, scheme)
     kind = _KINDS.get(scheme.rule, Ternary)
-    return kind(_ungrouped(codes, w.shape[-2]).astype(jnp.int8), jnp.squeeze(scale, -2), group)
+    return kind(ungrouped(codes, w.shape[-2]).astype(jnp.int8), jnp.squeeze(scale, -2), group)
 
 
 def _round_to_ternary(blocks: jax.Array, rows: jax.Array, axes: tuple[int, ...], scheme: Scheme):
@@ -129,9 +136,12 @@ def _round_to_ternary(blocks: jax.Array, rows: jax.Array, axes: tuple[int, ...],
     mean = jnp.maximum(size.sum(axes, keepdims=True) / count, _SMALLEST_SCALE[scheme.rule])
     if scheme.rule == "absmean":
         return jnp.clip(jnp.round(blocks / mean), -1, 1), mean
-    share = _THRESHOLD[scheme.rule] if scheme.threshold is None else scheme.threshold
-    # Strict: a weight exactly on the threshold keeps its sign, as in the sandbox's layer.
-    codes = jnp.where(size < share * mean, 0.0, jnp.sign(blocks))
+    if scheme.rule == "sherry":
+        codes = _smallest_of_four_to_zero(blocks, rows)
+    else:
+        share = _THRESHOLD[scheme.rule] if scheme.threshold is None else scheme.threshold
+        # Strict: a weight exactly on the threshold keeps its sign, as in the sandbox's layer.
+        codes = jnp.where(size < share * mean, 0.0, jnp.sign(blocks))
     if scheme.rule == "threshold":
         return codes, mean
     kept = jnp.abs(codes)
@@ -140,9 +150,21 @@ def _round_to_ternary(blocks: jax.Array, rows: jax.Array, axes: tuple[int, ...],
     return codes, jnp.maximum(scale, _SMALLEST_SCALE[scheme.rule])
 
 
+def _smallest_of_four_to_zero(blocks: jax.Array, rows: jax.Array) -> jax.Array:
+    """Signs of blocks (..., groups, group, out), 0 for one of each four; missing inputs first."""
+    *lead, size, out = blocks.shape
+    there = jnp.arange(size)[:, None] < rows
+    pad = [(0, 0)] * len(lead) + [(0, -size % 4), (0, 0)]
+    each = jnp.pad(jnp.where(there, jnp.abs(blocks), -1.0), pad, constant_values=-1.0)
+    fours = each.reshape(*lead, -1, 4, out)
+    smallest = jnp.arange(4)[:, None] == jnp.argmin(fours, axis=-2, keepdims=True)
+    dropped = smallest.reshape(*lead, -1, out)[..., :size, :] | ~there
+    return jnp.where(dropped, 0.0, jnp.where(blocks >= 0, 1.0, -1.0))
+
+
 def _round_to_levels(blocks: jax.Array, axes: tuple[int, ...], scheme: Scheme):
     """Codes and scale of an integer rule, shapes as above."""
-    levels = _LEVELS[scheme.rule]
+    levels = LEVELS[scheme.rule]
     largest = jnp.abs(blocks).max(axes, keepdims=True, initial=_SMALLEST_SCALE[scheme.rule])
     return jnp.clip(jnp.round(blocks * (levels / largest)), -levels, levels), largest / levels
 
@@ -170,7 +192,7 @@ def matrix_values(weight: Quantized) -> jax.Array:
     """Codes times scale as float32, in the flattened matrix's shape (..., in, out)."""
     blocks, _ = grouped(weight.codes, weight.group)
     values = blocks.astype(jnp.float32) * weight.scale[..., :, None, :]
-    return _ungrouped(values, weight.codes.shape[-2])
+    return ungrouped(values, weight.codes.shape[-2])
 
 
 def dequantize(weight: Quantized) -> jax.Array:
@@ -199,10 +221,31 @@ def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     >>> codes.tolist(), round(float(scale[0, 0]), 6)
     ([[127, -64, 0]], 0.007874)
     """
+    codes, scale = _activation_codes(x, (-1,))
+    return codes.astype(jnp.int8), scale
+
+
+def _activation_codes(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=_SMALLEST_ACTIVATION)
-    codes = jnp.clip(jnp.round(x * (127.0 / largest)), -128, 127)
-    return codes.astype(jnp.int8), largest / 127.0
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=_SMALLEST_ACTIVATION)
+    return jnp.clip(jnp.round(x * (127.0 / largest)), -128, 127), largest / 127.0
+
+
+def round_activations(x: jax.Array, axes: tuple[int, ...] = (-1,)) -> jax.Array:
+    """Codes times scale of `quantize_activations`: the float32 values that int8 can carry.
+
+    Args:
+      x: activations, any float dtype.
+      axes: those that share a scale, the contracted ones of a product.
+
+    Returns:
+      float32, of x's shape. Its gradient is rounding's, zero: wrap it in `straight_through`.
+
+    >>> [round(v, 4) for v in round_activations(jnp.array([1.0, -0.5, 0.0])).tolist()]
+    [1.0, -0.5039, 0.0]
+    """
+    codes, scale = _activation_codes(x, axes)
+    return codes * scale
 
 
 def straight_through(x: jax.Array, quantized: jax.Array) -> jax.Array:

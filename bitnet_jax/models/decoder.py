@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ..calibrate import Stage
 from ..convert import path_name
 from ..linen import BitDense, BitEmbed
 from ..quantize import Scheme
@@ -243,6 +244,29 @@ class Decoder(nn.Module):
         logits = embed.attend(x) if c.tied else _dense(c, None)(c.vocab_size, name="head")(x)
         logits = logits.astype(jnp.float32)
         return logits if cache is None else (logits, tuple(caches))
+
+
+def stages(config: DecoderConfig, scheme: Scheme | None) -> list[Stage]:
+    """A decoder in parts that run one after another: the embedding, then block after block.
+
+    Args:
+      config: its shape.
+      scheme: of its layers, as in `Decoder`.
+
+    Returns:
+      Stages for `bitnet_jax.calibrate`; the first takes tokens (batch, length). What follows the
+      last block holds no matrix that becomes ternary and is left out.
+
+    >>> [stage.path for stage in stages(DecoderConfig(vocab_size=8, layers=2), None)]
+    [('params', 'embed'), ('params', 'layer_0'), ('params', 'layer_1')]
+    """
+    embed, one = BitEmbed(config.vocab_size, config.width), Block(config, scheme)
+    first = lambda tree, tokens: jnp.asarray(embed.apply({"params": tree}, tokens), config.dtype)
+    block = lambda tree, x: one.apply({"params": tree}, x, jnp.asarray(0))[0]
+    return [
+        Stage(("params", "embed"), first),
+        *(Stage(("params", f"layer_{i}"), block) for i in range(config.layers)),
+    ]
 
 
 def empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:

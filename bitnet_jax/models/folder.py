@@ -11,9 +11,10 @@ import flax.linen as nn
 import tokenizers
 
 from .. import checkpoint
+from ..calibrate import Stage
 from ..errors import BitnetError
 from ..quantize import Scheme
-from .decoder import DecoderConfig
+from .decoder import DecoderConfig, stages
 
 TOKENIZER = "tokenizer.json"
 
@@ -105,6 +106,12 @@ class ModelFolder:
     def model(self) -> nn.Module:
         """The module that applies ``params``."""
         return self.config.build(self.scheme)
+
+    def stages(self, scheme: Scheme | None) -> list[Stage]:
+        """The network with ternary layers of this scheme, in parts, for `bitnet_jax.calibrate`."""
+        if isinstance(self.config, DecoderConfig):
+            return stages(self.config, scheme)
+        return [Stage((), self.config.build(scheme).apply)]
 
 
 def save_model(path: str | os.PathLike, folder: ModelFolder, overwrite: bool = False) -> None:

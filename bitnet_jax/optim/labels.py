@@ -72,7 +72,8 @@ def is_plain(name: str, x: Any) -> bool:
     >>> is_plain("layers/norm/scale", jnp.ones((3, 32))), is_plain("up/kernel", jnp.ones((3, 32)))
     (True, False)
     """
-    return x.ndim < 2 or name.rsplit("/", 1)[-1] in ("bias", "scale")
+    last = name.rsplit("/", 1)[-1]
+    return x.ndim < 2 or last in ("bias", "scale") or last.endswith("_scale")
 
 
 def matrix_axes(name: str, x: Any, axes: Axes) -> MuonDimensionNumbers | None:

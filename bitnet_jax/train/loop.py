@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
 
 from .. import checkpoint
+from .. import recipe as recipes
 from ..errors import BitnetError
+from ..progress import bar
+from ..recipe import Part
 from .data import epochs as epochs_of
 from .data import steps_per_epoch
 from .evaluate import evaluate
 from .fingerprint import fingerprint
 from .loss import Loss, next_token
-from .progress import bar
 from .sinks import jsonl
 from .state import Keeper, State, begin
 from .step import as_pytree, train_step
@@ -59,6 +62,8 @@ def fit(
     seed: int = 0,
     loss: Loss = next_token,
     prequantize: Callable[[Tree], Tree] | None = None,
+    recipe: Sequence[Part] = (),
+    watch: Callable[[Tree, Tree], dict] | None = None,
     held_out: np.ndarray | None = None,
     patience: int | None = None,
     stage: str = "train",
@@ -83,6 +88,9 @@ def fit(
       loss: (model, params, batch) -> (scalar, metrics); one with arrays in it is a pytree, as
         `bitnet_jax.train.distill.distillation`.
       prequantize: quantises the weights once a step, see `train_step`.
+      recipe: parts that stand between the parameters and the network, see `bitnet_jax.recipe`. The
+        result's parameters are the trained ones; ``finish`` them to measure or pack them.
+      watch: (params before, params after a step) -> metrics, see `bitnet_jax.train.watch`.
       held_out: windows to evaluate on after every epoch.
       patience: epochs without a lower held-out loss after which training stops; None for never.
       stage: name of this training in the log and on the progress bar.
@@ -110,7 +118,8 @@ def fit(
     _check(stage, accumulate, patience, held_out)
     per_epoch = steps_per_epoch(data, batch * accumulate)
     plan = _Plan(stage, epochs, batch, accumulate, seed, patience, per_epoch)
-    step, loss = train_step(model, optimizer, accumulate, prequantize), as_pytree(loss)
+    step = train_step(model, optimizer, accumulate, prequantize, recipe, watch)
+    loss, params = as_pytree(loss), recipes.begin(recipe, params)
     run, save = begin(params, optimizer, plan.total, log), Keeper(resume, save_every)
     run = save.open(run, lambda: _mark(plan, step, run, loss, data, held_out), log)
     record = _recorder(plan, run, ([] if log is None else [jsonl(log)]) + list(sinks))
@@ -122,7 +131,8 @@ def fit(
             show(metrics["loss"], metrics["tokens_per_second"])
             if run.step % per_epoch == 0:
                 if held_out is not None:
-                    record(_judge(run, plan, evaluate(model, run.params, held_out, batch)))
+                    done = recipes.finish(recipe, run.params)
+                    record(_judge(run, plan, evaluate(model, done, held_out, batch)))
                 _keep(keep, run, stage)
             run.seconds = time.perf_counter() - began
             save(run, now=run.finished)
@@ -174,7 +184,8 @@ def _mark(
 ) -> dict:
     """The fingerprint of a training that has not begun."""
     rows = data[: plan.batch * plan.accumulate]
-    program = step.lower(run.params, run.opt_state, loss, rows).as_text()
+    at = jnp.asarray(0, jnp.int32)
+    program = step.lower(run.params, run.opt_state, loss, rows, at).as_text()
     trees = {"parameters": run.params, "loss": loss}
     return fingerprint(dataclasses.asdict(plan), data, held_out, trees, program)
 
@@ -195,7 +206,8 @@ def _recorder(plan: _Plan, run: State, sinks: Sequence[Callable[[dict], None]]) 
 def _advance(run: State, plan: _Plan, step: Callable, loss: Loss, rows: np.ndarray) -> dict:
     """Take one step; its numbers."""
     before = time.perf_counter()
-    run.params, run.opt_state, metrics = step(run.params, run.opt_state, loss, rows)
+    at = jnp.asarray(run.step, jnp.int32)
+    run.params, run.opt_state, metrics = step(run.params, run.opt_state, loss, rows, at)
     # The one place that waits for the device.
     metrics = {k: float(v) for k, v in metrics.items()}
     speed = len(rows) * (rows.shape[1] - 1) / (time.perf_counter() - before)

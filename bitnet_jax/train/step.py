@@ -1,6 +1,6 @@
 """One optimizer step from one batch, or from several microbatches, as one compiled program."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from ..convert import attach
+from ..recipe import Part
+from ..recipe import apply as acting
 from .loss import Loss
 
 Tree = Any
@@ -19,8 +21,10 @@ def train_step(
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
     prequantize: Callable[[Tree], Tree] | None = None,
+    recipe: Sequence[Part] = (),
+    watch: Callable[[Tree, Tree], dict] | None = None,
 ) -> Callable:
-    """A jitted step: (params, opt_state, loss, batch) -> (params, opt_state, metrics).
+    """A jitted step: (params, opt_state, loss, batch, at) -> (params, opt_state, metrics).
 
     g = 1/k sum over the k microbatches b of d loss(params, b) / d params,  in float32
     params, opt_state = optimizer(g)
@@ -35,11 +39,14 @@ def train_step(
       prequantize: params -> quantised weights where layers quantise, None elsewhere, as
         `bitnet_jax.convert.prequantize` with the policy and the scheme of the model. It is called
         once a step, and the k microbatches share what it gives; None to let the layers quantise.
+      recipe: parts that stand between the parameters and the network, see `bitnet_jax.recipe`.
+      watch: (params before, params after) -> metrics, as `bitnet_jax.train.watch`.
 
     Returns:
-      The step. ``params`` and ``opt_state`` are donated: pass on what comes back, do not keep what
-      went in. ``loss`` is a `Loss` that is a pytree, see `as_pytree`: its arrays are arguments of
-      the program. ``metrics`` are float32 scalars, ``loss`` among them.
+      The step. ``at`` counts the steps before it, for the recipe. ``params`` and ``opt_state`` are
+      donated: pass on what comes back, do not keep what went in. ``loss`` is a `Loss` that is a
+      pytree, see `as_pytree`: its arrays are arguments of the program. ``metrics`` are float32
+      scalars, ``loss`` among them.
 
     >>> double = lambda model, params, batch: ((params["w"] * batch).mean() ** 2, {})
     >>> step = train_step(nn.Module(), optax.sgd(0.25), accumulate=2)
@@ -49,17 +56,20 @@ def train_step(
     -0.25
     """
 
-    def step(params, opt_state, loss, batch):
+    def step(params, opt_state, loss, batch, at=0):
         weights = None if prequantize is None else prequantize(params)
 
         def objective(params, rows):
             whole = params if weights is None else attach(params, weights)
-            value, metrics = loss(model, whole, rows)
+            value, metrics = loss(model, acting(recipe, whole, jnp.asarray(at)), rows)
             return value, {"loss": value, **metrics}
 
         grads, metrics = _mean_gradient(objective, params, batch, accumulate)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (*strong((optax.apply_updates(params, updates), opt_state)), metrics)
+        new = optax.apply_updates(params, updates)
+        if watch is not None:
+            metrics = {**metrics, **watch(params, new)}
+        return (*strong((new, opt_state)), metrics)
 
     return jax.jit(step, donate_argnums=(0, 1))
 

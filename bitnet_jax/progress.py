@@ -1,4 +1,4 @@
-"""The progress bar of a training."""
+"""Progress bars, of a training and of anything that is counted."""
 
 import contextlib
 import math
@@ -36,3 +36,29 @@ def bar(
     with Progress(*columns, console=console or Console(quiet=True)) as progress:
         task = progress.add_task(stage, total=total, completed=done, loss=math.nan, speed=0.0)
         yield lambda loss, speed: progress.update(task, advance=1, loss=loss, speed=speed)
+
+
+@contextlib.contextmanager
+def counter(console: Console | None, what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar of things done one after another; draws nothing without a console.
+
+    Args:
+      console: where to draw; None for silence.
+      what: stands in front.
+      total: how many there are.
+
+    Returns:
+      A function to call after each.
+
+    >>> with counter(None, "calibrate", 1) as done:
+    ...     done()
+    """
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console or Console(quiet=True)) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.update(task, advance=1)
