@@ -1,4 +1,4 @@
-"""Optimizers: Grokfast's filters, Muon and NorMuon, their union, QK-clip and the phase presets."""
+"""Optimizers: Grokfast's filters, Muon and NorMuon, their union, QK-clip, presets, schedules."""
 
 from .grokfast import GrokfastState as GrokfastState
 from .grokfast import GrokfastWindowState as GrokfastWindowState
@@ -15,3 +15,4 @@ from .muon import orthogonalise as orthogonalise
 from .presets import PRESETS as PRESETS
 from .presets import preset as preset
 from .qk_clip import qk_clip as qk_clip
+from .schedules import two_stage as two_stage
