@@ -31,12 +31,12 @@ from .convert import report as table_of
 from .errors import BitnetError
 from .models.folder import ModelFolder, PythonModule, load_model, save_model
 from .models.generate import Sampling, stream
-from .models.subnorm import insert_sub_norms
 from .optim import adamw, mugrokfast, two_stage
 from .output import RESUME
 from .policy import Policy
 from .quantize import Scheme
 from .recipe import DeadZone, LearnedScales, Part, Residual, WarmUp, finish
+from .subnorm import insert_sub_norms
 from .train.data import steps_per_epoch
 from .train.distill import distillation
 from .train.evaluate import evaluate
@@ -70,13 +70,13 @@ class Settings:
       teacher: which float model that is: as it came, or continued on the same tokens.
       relation: weight of the attention relations of ``relation_layer`` in the loss, see
         `bitnet_jax.train.relation`.
-      relation_layer: path of an attention; None for the last layer but one of a `Decoder`.
+      relation_layer: counted from 0; None for the last but one of a `Decoder`.
       warmup: share of the steps in which quantisation sets in, see `bitnet_jax.recipe.WarmUp`.
       learn_scales: train the scales too, see `bitnet_jax.recipe.LearnedScales`.
       dead_zone: strength of `bitnet_jax.recipe.DeadZone`, which fades to 0.
       residual: add the fading float product of `bitnet_jax.recipe.Residual`.
       sub_norms: first put norms in front of the output projections; changes the function, see
-        `bitnet_jax.models.subnorm`.
+        `bitnet_jax.subnorm`.
       schedule: cosine to zero, or the two stages of `bitnet_jax.optim.two_stage`.
       optimizer: AdamW by default: on the demo it came as far a step as Muon, in 0.6 of its time.
       learning_rate: peak for the ternary model; decays to zero.
@@ -99,7 +99,7 @@ class Settings:
     temperature: float = 1.0
     teacher: Literal["source", "continued"] = "source"
     relation: float = 0.0
-    relation_layer: str | None = None
+    relation_layer: int | None = None
     warmup: float = 0.0
     learn_scales: bool = False
     dead_zone: float = 0.0
@@ -155,9 +155,10 @@ def loss_of(
     if not settings.relation:
         return loss
     layer = settings.relation_layer
-    if layer is None and layers is None:
-        raise BitnetError("relation: say at which attention, relation_layer='path/of/it'")
-    layer = layer or f"layer_{max((layers or 0) - 2, 0)}/attention"
+    if layer is None:
+        if layers is None:
+            raise BitnetError("relation: say of which layer, relation_layer=...")
+        layer = max(layers - 2, 0)
     return relation(loss, model, teacher_params, layer=layer, weight=settings.relation)
 
 
@@ -224,7 +225,7 @@ def run(
     float_model = source.config.build(None)
     student = source
     if settings.sub_norms:
-        student = insert_sub_norms(source, text[: settings.batch * 2, :-1])
+        student = insert_sub_norms(source, text[:16], console=screen)
     ternary_model = student.config.build(settings.scheme)
     size = sum(x.size for x in jax.tree.leaves(source.params))
 

@@ -15,6 +15,8 @@ from ..quantize import Scheme
 
 Cache = tuple[dict[str, jax.Array], ...]
 
+ACTIVATIONS = "activations"  # the collection of what a block computes inside, for who asks
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -125,6 +127,17 @@ def max_logits(intermediates: Any) -> dict[str, jax.Array]:
     return {path_name(path).removesuffix("/max_logits/0"): x for path, x in leaves}
 
 
+def _show(module: nn.Module, **values: jax.Array) -> None:
+    """Sow values for ``model.apply(params, tokens, mutable=[ACTIVATIONS])``, and for no other call.
+
+    A collection of its own, so that ``intermediates`` holds what `max_logits` reads and no more;
+    not at ``init``, where every collection is mutable and would become a part of the parameters.
+    """
+    if module.is_mutable_collection(ACTIVATIONS) and not module.is_initializing():
+        for name, value in values.items():
+            module.sow(ACTIVATIONS, name, value)
+
+
 def _dense(c: DecoderConfig, scheme: Scheme | None):
     return functools.partial(BitDense, use_bias=False, scheme=scheme, dtype=c.dtype)
 
@@ -147,6 +160,7 @@ class Attention(nn.Module):
         query = heads(dense(c.width, name="query")(x))
         key = heads(dense(c.kv_heads * c.head_dim, name="key")(x))
         value = heads(dense(c.kv_heads * c.head_dim, name="value")(x))
+        _show(self, q=query, k=key, v=value)
         positions = start + jnp.arange(length)
         query, key = (rotary(y, positions, c.rope_base) for y in (query, key))
         if cache is not None:
@@ -159,6 +173,7 @@ class Attention(nn.Module):
             self.sow("intermediates", "max_logits", largest_logits(query, key, seen))
         y = jax.nn.dot_product_attention(query, key, value, mask=seen[None, None])
         y = y.reshape(batch, length, c.width)
+        _show(self, mixed=y)
         if c.sub_norms:
             y = _norm(c, "sub_norm")(y)
         return dense(c.width, name="out")(y), cache
@@ -176,6 +191,7 @@ class MLP(nn.Module):
         gate, up = dense(c.hidden, name="gate")(x), dense(c.hidden, name="up")(x)
         act = nn.silu(gate) if c.activation == "silu" else nn.relu(gate) ** 2
         y = act * up
+        _show(self, mixed=y)
         if c.sub_norms:
             y = _norm(c, "sub_norm")(y)
         return dense(c.width, name="down")(y)
@@ -204,6 +220,11 @@ class Decoder(nn.Module):
       config: its shape.
       scheme: None for a float model; a `Scheme` to make every attention and MLP matrix ternary.
         Both have the same tree, so the parameters of one go into the other.
+
+    Applied with ``mutable=[ACTIVATIONS]`` it also gives, for every layer i, under
+    ``layer_i/attention`` the projections ``q``, ``k``, ``v`` (batch, length, their heads, head_dim)
+    before rotary positions, and under it and ``layer_i/mlp`` as ``mixed`` what the output
+    projection, or the sub-norm before it, is given.
 
     >>> config = DecoderConfig(vocab_size=64, layers=1)
     >>> tokens = jnp.zeros((2, 5), jnp.int32)

@@ -1,4 +1,4 @@
-"""Optimizers: Grokfast's filters, Muon and NorMuon, their union, QK-clip and the phase presets."""
+"""Optimizers: Grokfast's filters, Muon and NorMuon, their union, QK-clip, presets, schedules."""
 
 from .grokfast import GrokfastState as GrokfastState
 from .grokfast import GrokfastWindowState as GrokfastWindowState

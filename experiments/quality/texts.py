@@ -14,9 +14,9 @@ from bitnet_jax.calibrate import latent_start
 from bitnet_jax.convert import unpack
 from bitnet_jax.models.decoder import Decoder, DecoderConfig
 from bitnet_jax.models.folder import ModelFolder
-from bitnet_jax.models.subnorm import insert_sub_norms
 from bitnet_jax.optim import mugrokfast
 from bitnet_jax.recipe import finish
+from bitnet_jax.subnorm import insert_sub_norms
 from bitnet_jax.train import data
 from bitnet_jax.train.evaluate import evaluate
 from bitnet_jax.train.loop import fit
@@ -129,7 +129,7 @@ def tuned(bed: Bed, job: phase4.Settings, teacher: Any) -> dict:
     """Scores after fine-tuning with a recipe, and what its codes did on the way."""
     student = bed.source
     if job.sub_norms:
-        student = insert_sub_norms(student, bed.train[:16, :-1])
+        student = insert_sub_norms(student, bed.train[:16])
     params = student.params
     if job.start == "data":
         tree = unpack(phase4.convert_source(student, bed.train, job).tree)
