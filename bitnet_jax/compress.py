@@ -184,7 +184,7 @@ def room(source: ModelFolder, prompt: int, wanted: int) -> int:
 
 
 def make_scheme(rule: str, scale: str | int | None) -> Scheme:
-    """The scheme of two flags; each rule has a scale that suits it.
+    """The scheme of two flags; each rule has a scale that suits it: absmean's is the whole matrix.
 
     >>> make_scheme("int4", None)
     Scheme(rule='int4', scale=32, threshold=None)
@@ -193,7 +193,7 @@ def make_scheme(rule: str, scale: str | int | None) -> Scheme:
       BitnetError: for a scale that does not exist.
     """
     if scale is None:
-        scale = 32 if rule == "int4" else "channel"
+        scale = {"int4": 32, "absmean": "tensor"}.get(rule, "channel")
     try:
         return Scheme(rule, scale)  # pyright: ignore[reportArgumentType]
     except ValueError as e:

@@ -4,12 +4,12 @@ Keys of ``report.json``, stable from one version to the next (shares are in 0..1
 
 | key | meaning |
 |---|---|
-| ``relative_accuracy_loss`` | 1 - accuracy of the packed model / of the float model continued on the same tokens (of the source model, if none was continued) |
+| ``relative_accuracy_loss`` | 1 - accuracy of the packed model / of ``yardstick``: the float model continued on the same tokens, or the source model if that is better or none was continued |
 | ``relative_accuracy_loss_to_source`` | the same against the float model as it came |
 | ``relative_accuracy_loss_unturned`` | the same for the converted model before fine-tuning, against the source |
 | ``ratio_on_disk`` | bytes of the float32 checkpoint folder / bytes of the packed folder, everything in it counted |
 | ``bytes_on_disk`` | ``float32`` and ``packed``, the two terms of that ratio |
-| ``scores`` | for ``float``, ``converted``, ``float_continued``, ``fine_tuned``, ``packed``: ``loss`` (nats a token), ``perplexity``, ``accuracy``, ``tokens`` |
+| ``scores`` | for ``float``, ``rounded`` (ternary by the rule alone, where the conversion looked at data), ``converted``, ``float_continued``, ``fine_tuned``, ``packed``: ``loss`` (nats a token), ``perplexity``, ``accuracy``, ``tokens`` |
 | ``packed_equals_memory`` | the model reloaded from disk gives the same logits as in memory, bit for bit |
 | ``conversion`` | ``bytes_before``, ``bytes_after`` (arrays), ``codes`` (how many are -1, 0, +1), ``unmatched`` (matrices no rule fits), ``leaves`` |
 | ``parameters``, ``alternatives`` | how many weights; for fewer than 5 million what ``int8`` and ``int4`` cost untrained: ``loss``, ``accuracy``, ``ratio`` (bytes of arrays) |
@@ -39,6 +39,7 @@ Tree = Any
 # The steps of the job, in the order a reader meets them.
 _ROWS = {
     "float": "float model",
+    "rounded": "ternary, by the rule alone",
     "converted": "ternary, untuned",
     "float_continued": "float, continued",
     "fine_tuned": "ternary, fine-tuned",
@@ -132,7 +133,7 @@ def score_table(result: dict) -> Table:
 def summary(result: dict) -> list[str]:
     """The sentences a reader takes away."""
     disk, lost = result["bytes_on_disk"], result["relative_accuracy_loss"]
-    continued = "float_continued" in result["scores"]
+    continued = result["yardstick"] == "float_continued"
     yardstick = "continued on the same tokens" if continued else "it came from"
     equal = "the same logits, bit for bit" if result["packed_equals_memory"] else "OTHER LOGITS"
     return [
@@ -160,7 +161,7 @@ def text(result: dict, width: int = 110, every_leaf: bool = False) -> str:
 
 
 def write(out: Path, result: dict, history: list[dict], latent: Tree, packed: Tree) -> None:
-    """Write ``report.json``, ``report.txt`` and three pictures into a folder.
+    """Write ``report.json``, ``report.txt`` and four pictures into a folder.
 
     Args:
       out: an existing folder.
@@ -176,6 +177,7 @@ def write(out: Path, result: dict, history: list[dict], latent: Tree, packed: Tr
         (out / "report.txt").write_text(text(result, every_leaf=True))
         _save(out / "loss.png", lambda axes: _draw_losses(axes, history, result["scores"]))
         _save(out / "weights.png", lambda axes: _draw_weights(axes, latent, packed))
+        _save(out / "codes.png", lambda axes: _draw_codes(axes, history))
         _save(out / "bytes.png", lambda axes: _draw_bytes(axes, result["conversion"]))
     except OSError as e:
         raise BitnetError(
@@ -202,7 +204,8 @@ def _draw_losses(axes, history: list[dict], scores: dict) -> None:
         held = [x for x in history if x["stage"] == stage and "held_out_loss" in x]
         shift = 0 if stage == "train float" else offset
         color = colors.get(stage, "C1")
-        loss = _smooth(np.array([x["loss"] for x in steps]))
+        # Where another loss is mixed in, the part that all trainings have in common.
+        loss = _smooth(np.array([x.get("cross_entropy", x["loss"]) for x in steps]))
         axes.plot([x["step"] + shift for x in steps], loss, color=color, label=stage, lw=1.2)
         points = [x["step"] + shift for x in held]
         axes.plot(points, [x["held_out_loss"] for x in held], "o", color=color, ms=5)
@@ -229,7 +232,8 @@ def _draw_weights(axes, latent: Tree, packed: Tree) -> None:
     old = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(latent)}
     values, codes = [], []
     for path, leaf in jax.tree_util.tree_leaves_with_path(packed, is_leaf=is_quantized):
-        if isinstance(leaf, PackedTernary) and not leaf.group:
+        # Where a recipe chose the codes itself, there is no latent weight to show.
+        if isinstance(leaf, PackedTernary) and not leaf.group and path_name(path) in old:
             weight = unpack_weight(leaf)
             values.append(np.asarray(old[path_name(path)] / weight.scale).ravel())
             codes.append(np.asarray(weight.codes).ravel())
@@ -244,6 +248,19 @@ def _draw_weights(axes, latent: Tree, packed: Tree) -> None:
     axes.set(xlabel="latent weight / scale", ylabel="weights")
     axes.set_title("Latent weights and the codes they become", loc="left")
     axes.legend(frameon=False)
+
+
+def _draw_codes(axes, history: list[dict]) -> None:
+    """Codes that a step changed, and codes that are 0, over the steps of the ternary training."""
+    steps = [x for x in history if "flips" in x]
+    flips = _smooth(np.array([100 * x["flips"] for x in steps]))
+    axes.plot([x["step"] for x in steps], flips, color="C3", lw=1.2)
+    axes.set(xlabel="step", ylabel="codes changed in a step (%)")
+    axes.yaxis.label.set_color("C3")
+    zeros = axes.twinx()
+    zeros.plot([x["step"] for x in steps], [100 * x["zeros"] for x in steps], color="0.5", lw=1.2)
+    zeros.set_ylabel("codes that are 0 (%)", color="0.5")
+    axes.set_title("Codes while they are trained", loc="left")
 
 
 def _draw_bytes(axes, conversion: dict) -> None:

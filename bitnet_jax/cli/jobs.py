@@ -54,10 +54,12 @@ class Compress:
     """Text: a file, a folder, or .jsonl with the key text. A tenth is held out to measure on."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """New folder: the packed model in DIR/packed, the float one in DIR/float32, the report."""
-    scheme: Literal["twn", "absmean", "threshold", "int8", "int4"] = "twn"
-    """How weights become codes: ternary (twn lost least in our runs), or integers."""
+    scheme: Literal["absmean", "twn", "threshold", "sherry", "int8", "int4"] = "absmean"
+    """How weights become codes: ternary (sherry: one of four is 0, 1.25 bits), or integers."""
     scale: Annotated[str | None, tyro.conf.arg(metavar="tensor|channel|N")] = None
-    """What shares a scale; N are consecutive inputs of an output. By default channel, int4: 32."""
+    """What shares a scale; N are consecutive inputs of an output. By default each rule's own."""
+    start: Literal["data", "rule"] = "data"
+    """Convert by what the text does to each matrix, or by the rule of --scheme alone."""
     embeddings: Literal["float32", "float16", "int8", "int4"] = "float16"
     """What embeddings and head are kept in."""
     epochs: int = 3
@@ -76,10 +78,26 @@ class Compress:
     """Batches whose gradients are averaged for one step."""
     patience: int | None = None
     """Stop after so many epochs without a lower held-out loss; the best weights are packed."""
-    distill: float = 0.0
+    distill: float = 0.5
     """Weight of the float model's distribution in the loss, 0..1."""
-    temperature: float = 2.0
+    temperature: float = 1.0
     """Of both distributions then."""
+    teacher: Literal["source", "continued"] = "continued"
+    """Which float model that is: as it came, or continued on the same text."""
+    relation: float = 0.0
+    """Weight of the teacher's attention relations in the loss (BitDistill); 100 to 400 is usual."""
+    warmup: float = 0.0
+    """Share of the steps in which quantisation sets in slowly."""
+    learn_scales: bool = False
+    """Train the scales too (ParetoQ)."""
+    dead_zone: float = 0.0
+    """Strength of Tequila's term for weights with code 0; 1e-3 is usual. Fades to 0."""
+    residual: bool = False
+    """Add a float product that fades away (Sherry)."""
+    sub_norms: bool = False
+    """Put norms before the output projections, as BitNet has them; changes the function."""
+    schedule: Literal["cosine", "two-stage"] = "cosine"
+    """Of the learning rate; two-stage also ends weight decay at half time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What activations are computed in; for model folders of ours."""
     length: int = 128
@@ -89,7 +107,7 @@ class Compress:
     learning_rate: float = 2e-3
     """Peak; decays to zero."""
     compare: bool = True
-    """Also continue the float model on the same text, the honest yardstick."""
+    """Also continue the float model on the same text, the honest yardstick (and the teacher)."""
     seed: int = 0
     """Fixes the order of the text and the sampling."""
     tensorboard: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -109,20 +127,14 @@ class Compress:
                 raise BitnetError(f"--{name} {value}: must be 1 or more")
         if not 0 <= self.distill <= 1 or not self.temperature > 0:
             raise BitnetError("--distill is a share of 0..1, --temperature a number above 0")
+        if not 0 <= self.warmup <= 1 or min(self.relation, self.dead_zone) < 0:
+            raise BitnetError("--warmup is a share of 0..1, --relation and --dead-zone 0 or more")
         scale = int(self.scale) if self.scale and self.scale.isdigit() else self.scale
+        same = {f.name for f in dataclasses.fields(phase4.Settings)} - {"scheme", "policy"}
         settings = phase4.Settings(
             scheme=compress.make_scheme(self.scheme, scale),
             policy=compress.make_policy(self.embeddings),
-            epochs=self.epochs,
-            batch=self.batch,
-            accumulate=self.accumulate,
-            patience=self.patience,
-            distill=self.distill,
-            temperature=self.temperature,
-            optimizer=self.optimizer,
-            learning_rate=self.learning_rate,
-            compare=self.compare,
-            seed=self.seed,
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in same},
         )
         check_output(self.out, self.resume)
         with console.status("reading model and text", spinner="line"):

@@ -172,8 +172,13 @@ def _spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def plot(rows: dict, path: Path) -> None:
-    """Each recipe's distance to the float model continued, a point a seed and their mean."""
+def plot(rows: dict, path: Path | None) -> matplotlib.figure.Figure:
+    """Each recipe's distance to the float model continued, a point a seed and their mean.
+
+    Args:
+      rows: of the results.
+      path: where to save the picture; None to give only the figure, for a notebook.
+    """
     kinds = [k for k in ("demo", "bytes") if any(x.startswith(f"{k}/plain") for x in rows)]
     figure = matplotlib.figure.Figure(figsize=(10, 4.5), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
@@ -186,7 +191,9 @@ def plot(rows: dict, path: Path) -> None:
         axes.set_yticks(range(len(names)), names)
         axes.axvline(0, color="gray", linewidth=0.8)
         axes.set(title=f"{kind} model", xlabel="accuracy below the float model continued (%)")
-    figure.savefig(path, dpi=110)
+    if path is not None:
+        figure.savefig(path, dpi=110)
+    return figure
 
 
 @dataclasses.dataclass(frozen=True)
