@@ -34,7 +34,8 @@ def insert_sub_norms(
     than ``tokens``.
 
     One number for each norm and not one for each feature: a feature that only a few calibration
-    tokens use would get their r for its own.
+    tokens use would get their r for its own, and on held-out text of small decoders that we
+    trained, scales a feature were as near with SwiGLU and further off with squared ReLU.
 
     Args:
       source: a float `Decoder` without sub-norms.

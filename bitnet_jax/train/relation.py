@@ -34,7 +34,7 @@ class _Relation:
         student: Any = _Watched(model)
         value, metrics = _lend(self.inner, self.teacher_params)(student, params, batch)
         tokens, shown = student.seen(params, batch[:, :-1])
-        theirs = _show(self.teacher, self.teacher_params, tokens)[1]
+        theirs = _run(self.teacher, self.teacher_params, tokens)[1]
         wanted = jax.lax.stop_gradient(_states(theirs, self.layer, "teacher"))
         found = _states(shown, self.layer, "student")
         distance = relation_divergence(wanted, found, self.splits, self.temperature)
@@ -70,7 +70,8 @@ def relation(
 
     Args:
       inner: the loss to add to, as `next_token` or `bitnet_jax.train.distill.distillation`. The
-        student is applied once for both, if ``inner`` applies it once, outside a jit of its own.
+        student is applied once for both, if ``inner`` applies it once. It must not do so inside
+        a jit, scan or checkpoint of its own, which what the student shows could not leave.
       teacher: a `Decoder`, or a network that sows what a `Decoder` sows.
       teacher_params: its variables, of any kind the teacher can be applied to; no gradient
         reaches them. The same arrays as a `distillation` inside: the teacher runs once for both.
@@ -169,8 +170,8 @@ def _without(inner: Loss, teacher: nn.Module, teacher_params: Any) -> Loss:
     """
     if not isinstance(inner, _Distillation) or inner.teacher != teacher:
         return inner
-    ours, theirs = jax.tree.leaves(teacher_params), jax.tree.leaves(inner.teacher_params)
-    same = len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
+    (ours, shape), (theirs, other) = map(jax.tree.flatten, (teacher_params, inner.teacher_params))
+    same = shape == other and all(a is b for a, b in zip(ours, theirs, strict=True))
     return dataclasses.replace(inner, teacher_params=None) if same else inner
 
 
@@ -195,17 +196,17 @@ class _Watched:
     def apply(self, params: Any, tokens: jax.Array, *args: Any, **options: Any) -> Any:
         if args or options:
             return self._model.apply(params, tokens, *args, **options)
-        logits, shown = _show(self._model, params, tokens)
+        logits, shown = _run(self._model, params, tokens)
         self._calls.append((params, tokens, shown))
         return logits
 
     def seen(self, params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         """Tokens and activations of the one call with these parameters; or of these tokens."""
         calls = [call[1:] for call in self._calls if call[0] is params]
-        return calls[0] if len(calls) == 1 else (tokens, _show(self._model, params, tokens)[1])
+        return calls[0] if len(calls) == 1 else (tokens, _run(self._model, params, tokens)[1])
 
 
-def _show(model: nn.Module, params: Any, tokens: jax.Array) -> tuple[Any, Any]:
+def _run(model: nn.Module, params: Any, tokens: jax.Array) -> tuple[Any, Any]:
     """Logits, and what the model sowed as activations."""
     logits, shown = model.apply(params, tokens, mutable=[ACTIVATIONS])
     return logits, shown.get(ACTIVATIONS, {})
