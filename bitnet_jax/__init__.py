@@ -1,6 +1,7 @@
 """1.58-bit (ternary) networks in JAX: train, convert, pack and run them."""
 
 from . import nnx as nnx
+from .calibrate import calibrate as calibrate
 from .convert import convert as convert
 from .convert import dequantise as dequantise
 from .convert import pack as pack

@@ -154,15 +154,15 @@ def calibrate(
     return ternarise(params, policy, scheme, found)
 
 
-def latent_start(params: Tree, converted: Tree, scheme: Scheme, keep: float = 0.5) -> Tree:
+def latent_start(params: Tree, converted: Tree, scheme: Scheme, keep: float) -> Tree:
     """Latent weights to train on from: those of the float model, moved towards the converted ones.
 
     w = c codes scale + keep (w_float - c codes scale)
 
     With keep = 0 the scheme's rule gives the converted codes and scales back: c is 1 for twn, whose
     scale is the mean of the codes that are not 0, and 1 / density for absmean and threshold, whose
-    scale is the mean of all. Between 0 and 1 some codes are the rule's, and weights whose code is 0
-    keep a size of their own, which trained better (docs/results.md).
+    scale is the mean of all. With keep = 1 they are the float weights. Between, some codes are the
+    rule's, and weights whose code is 0 keep a size of their own.
 
     Args:
       params: the float weights.
@@ -180,6 +180,8 @@ def latent_start(params: Tree, converted: Tree, scheme: Scheme, keep: float = 0.
     >>> again.codes.tolist(), round(float(again.scale[0, 0]), 4)
     ([[1, 0], [0, -1]], 0.5)
     """
+    if keep == 1:
+        return params
     start = jax.jit(functools.partial(_moved, rule=scheme.rule, keep=keep))
     one = lambda x, w: start(x, w) if isinstance(w, Quantized) else x
     return jax.tree.map(one, params, converted)

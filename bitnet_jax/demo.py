@@ -112,7 +112,8 @@ def run(
     source, history = float_model(settings, train[:cut], tokenizer, out, console)
     size = sum(x.size for x in jax.tree.leaves(source.params))
     say(f"[bold]float model[/] {size:,} parameters")
-    job = dataclasses.replace(job, batch=settings.tuning_batch)
+    # Far from converged, the float model goes on best at twice the usual rate.
+    job = dataclasses.replace(job, batch=settings.tuning_batch, float_learning_rate=2e-3)
     result = phase4.run(
         source, train[cut : cut + rest], held_out, out, job, "def ", console, history
     )

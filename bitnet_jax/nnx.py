@@ -11,6 +11,7 @@ Stock layers need no class of ours, two arguments do:
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -134,6 +135,24 @@ def variables(model: nnx.Module | nnx.State) -> Tree:
             node = node.setdefault(part, {})
         node[path[-1]] = variable[...]
     return tree
+
+
+def pure(model: nnx.Module) -> Callable:
+    """The module as a pure function (tree, *inputs) -> outputs, for `bitnet_jax.calibrate`.
+
+    >>> import bitnet_jax, jax.numpy as jnp
+    >>> layer, x = BitLinear(8, 4, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (9, 8))
+    >>> update(layer, bitnet_jax.calibrate(variables(layer), pure(layer), [x]))
+    >>> type(layer.kernel[...]).__name__
+    'Ternary'
+    """
+
+    def apply(tree, *inputs):
+        copy = nnx.clone(model)
+        update(copy, tree)
+        return copy(*inputs)  # pyright: ignore[reportCallIssue]
+
+    return apply
 
 
 def update(model: nnx.Module, tree: Tree) -> None:

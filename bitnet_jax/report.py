@@ -215,7 +215,8 @@ def _draw_losses(axes, history: list[dict], scores: dict) -> None:
     )
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.set_title("Loss: lines on training text, points on held-out text", loc="left")
-    axes.legend(frameon=False)
+    if stages:
+        axes.legend(frameon=False)
 
 
 def _smooth(x: np.ndarray, share: float = 0.9) -> np.ndarray:

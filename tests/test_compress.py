@@ -88,6 +88,51 @@ def done(home, tmp_path_factory):
     return home / "small", json.loads((home / "figures.json").read_text())
 
 
+RECIPES = (
+    ["--scheme", "sherry", "--residual", "--sub-norms", "--schedule", "two-stage", "--warmup",
+     "0.3"],
+    ["--relation", "100", "--teacher", "source", "--learn-scales", "--dead-zone", "1e-3", "--start",
+     "rule"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", RECIPES, ids=" ".join)
+def test_recipes_are_flags(flags, tmp_path):
+    out = tmp_path / "small"
+    assert (
+        cli.main(["compress", "decoder", *SHORT, *flags, "--epochs", "1", "--out", str(out)]) == 0
+    )
+    result = json.loads((out / "report.json").read_text())
+    assert result["packed_equals_memory"] is True
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    tuned = [x for x in steps if x["stage"] == "fine-tune ternary" and "loss" in x]
+    assert {"flips", "zeros", "latent"} <= set(tuned[0])
+    assert ("relation" in tuned[0]) == ("--relation" in flags)
+    assert ("rounded" in result["scores"]) == ("--start" not in flags)
+    formats = {x["format"] for x in result["conversion"]["leaves"]}
+    assert ("sparse" if "sherry" in flags else "ternary") in formats
+    assert any("sub_norm" in x["path"] for x in result["conversion"]["leaves"]) == (
+        "--sub-norms" in flags
+    )
+
+
+def test_a_network_that_cannot_be_calibrated_goes_by_the_rule(tmp_path, capsys):
+    refuse = """
+        try:
+            jax.lax.axis_index("streams")
+        except NameError:
+            pass
+        else:
+            raise ValueError("no maps over me")
+        x = x + nn.Dense"""
+    source = "import jax" + NETWORK.replace("\n        x = x + nn.Dense", refuse)
+    (tmp_path / "net.py").write_text(source)
+    own = ["--module", f"{tmp_path / 'net.py'}:Net", "--tokenizer", "bytes"]
+    out = ["--out", str(tmp_path / "own"), "--epochs", "1", "--no-compare", "--teacher", "source"]
+    assert cli.main(["compress", "weights", *SHORT, *own, *out]) == 0
+    assert "converted by the rule alone: no maps over me" in capsys.readouterr().out
+
+
 def test_compress_packs_what_eval_and_generate_read(done, capsys):
     out, figures = done
     assert set(figures["scores"]) >= {"float", "converted", "fine_tuned", "packed"}

@@ -63,7 +63,7 @@ class Compress:
     embeddings: Literal["float32", "float16", "int8", "int4"] = "float16"
     """What embeddings and head are kept in."""
     epochs: int = 3
-    """Epochs of fine-tuning."""
+    """Epochs of fine-tuning; 0 packs what was converted, without training."""
     max_loss: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None
     """Exit with 1 if more of the accuracy is lost: 0.05 and 5 mean 5 %. The model is kept."""
     module: Annotated[str | None, tyro.conf.arg(metavar="FILE.py:NAME")] = None
@@ -120,7 +120,8 @@ class Compress:
     def __call__(self, console: Console) -> dict:
         from .. import compress, phase4
 
-        _check_epochs(self.epochs)
+        if self.epochs < 0:
+            raise BitnetError(f"--epochs {self.epochs}: give 0 (no training) or more")
         bound = _share(self.max_loss)
         for name in ("batch", "length", "accumulate", "patience"):
             if (value := getattr(self, name)) is not None and value < 1:

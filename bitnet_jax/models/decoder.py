@@ -281,13 +281,19 @@ def stages(config: DecoderConfig, scheme: Scheme | None) -> list[Stage]:
     >>> [stage.path for stage in stages(DecoderConfig(vocab_size=8, layers=2), None)]
     [('params', 'embed'), ('params', 'layer_0'), ('params', 'layer_1')]
     """
-    embed, one = BitEmbed(config.vocab_size, config.width), Block(config, scheme)
-    first = lambda tree, tokens: jnp.asarray(embed.apply({"params": tree}, tokens), config.dtype)
-    block = lambda tree, x: one.apply({"params": tree}, x, jnp.asarray(0))[0]
+    first, block = _parts(config, scheme)
     return [
         Stage(("params", "embed"), first),
         *(Stage(("params", f"layer_{i}"), block) for i in range(config.layers)),
     ]
+
+
+@functools.cache  # the same functions each time, so that what is compiled of them is found again
+def _parts(config: DecoderConfig, scheme: Scheme | None):
+    embed, one = BitEmbed(config.vocab_size, config.width), Block(config, scheme)
+    first = lambda tree, tokens: jnp.asarray(embed.apply({"params": tree}, tokens), config.dtype)
+    block = lambda tree, x: one.apply({"params": tree}, x, jnp.asarray(0))[0]
+    return first, block
 
 
 def empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:

@@ -30,8 +30,8 @@ _PLAIN = {"scheme": ABSMEAN, "start": "rule", "distill": 0.0, "teacher": "source
 RECIPES: dict[str, dict] = {
     "plain": _PLAIN,
     "twn": _PLAIN | {"scheme": TWN},
-    "distilled": _PLAIN | {"distill": 0.5, "teacher": "continued"},
-    "by data": _PLAIN | {"start": "data"},
+    "default": {},  # plain, distilled from the float model continued
+    "from data": _PLAIN | {"start": "data", "keep": 0.5},
     "warm-up": _PLAIN | {"warmup": 1 / 3},
     "learned scales": _PLAIN | {"learn_scales": True},
     "dead zone": _PLAIN | {"dead_zone": 1e-3},
@@ -40,11 +40,10 @@ RECIPES: dict[str, dict] = {
     "sub-norms": _PLAIN | {"sub_norms": True},
     "sherry": _PLAIN | {"scheme": Scheme("sherry", "channel")},
     "sherry + residual": _PLAIN | {"scheme": Scheme("sherry", "channel"), "residual": True},
-    "by data + distilled": {
-        "scheme": TWN, "start": "data", "distill": 1.0, "teacher": "continued",
-        "learning_rate": 3e-3,
+    "default from data": {"keep": 0.5},
+    "twn from data, taught": {
+        "scheme": TWN, "keep": 0.5, "distill": 1.0, "learning_rate": 3e-3,
     },
-    "default": {},
 }  # fmt: skip
 # Conversions without training.
 CONVERSIONS = {

@@ -63,7 +63,7 @@ def run(seed: int, scheme: Scheme, rate: float = 2e-3) -> dict[str, float]:
     params = train(None, params, data.train, 60, 3e-3, seed)
     inputs = [jnp.asarray(data.train[:, :-1])]
     converted = calibrate(params, MLP(scheme=scheme).apply, inputs, Policy(), scheme)
-    start = latent_start(params, converted, scheme)
+    start = latent_start(params, converted, scheme, keep=0.5)
     tuned = {
         "float": (None, params),
         "float, continued": (None, train(None, params, data.train, EPOCHS, 1e-3, seed)),

@@ -1,0 +1,51 @@
+"""The bench's bookkeeping; what it measures is in experiments/quality/results."""
+
+import dataclasses
+import json
+
+import pytest
+
+from bitnet_jax import phase4
+from bitnet_jax.cli.jobs import Compress
+from experiments.quality import bench
+
+ROWS = {
+    "demo/float, continued/0": {"accuracy": 0.5, "loss": 1.0, "seconds": 9.0},
+    "demo/float, continued/1": {"accuracy": 0.4, "loss": 1.1, "seconds": 9.0},
+    "demo/plain/0": {"accuracy": 0.45, "loss": 1.2, "seconds": 9.0},
+    "demo/plain/1": {"accuracy": 0.38, "loss": 1.2, "seconds": 9.0},
+}
+
+
+def test_gaps_are_seed_by_seed():
+    assert bench.gaps_of(ROWS, "demo", "plain") == pytest.approx([0.1, 0.05])
+
+
+def test_results_grow_and_stay(tmp_path):
+    results = bench.Results(tmp_path / "new" / "rows.json")
+    for key, row in ROWS.items():
+        assert key not in results
+        results.add(key, row)
+    assert bench.Results(results.path).rows == ROWS == json.loads(results.path.read_text())
+    assert bench.table(results.rows, "demo").row_count == 2
+    bench.plot(results.rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_every_recipe_is_settings_of_the_main_job():
+    for changes in (*bench.RECIPES.values(), *bench.CONVERSIONS.values()):
+        phase4.Settings(**changes)
+    assert bench.RECIPES["default"] == {}
+
+
+def test_the_kept_results_are_complete():
+    rows = bench.Results(bench.HERE / "results" / "bench.json").rows
+    for name in ("plain", "default", "twn", *bench.CONVERSIONS, bench.FLOAT):
+        assert set(bench.seeds_of(rows, "demo", name)) == {"0", "1", "2"}
+    assert len(bench.seeds_of(rows, "digits", "by data")) == 5
+
+
+def test_the_command_has_the_same_defaults():
+    for field in dataclasses.fields(phase4.Settings):
+        if field.name not in ("scheme", "policy") and hasattr(Compress, field.name):
+            assert getattr(Compress, field.name) == field.default, field.name
