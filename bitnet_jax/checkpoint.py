@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def _fill(room: Path, stored: Tree, files: dict[str, bytes], manifest: dict) -> 
     room.mkdir(parents=True)
     for name, data in files.items():
         (room / name).write_bytes(data)
-    with _quiet():
+    with _quiet(), _threads_awaited():
         ocp.save(str(room / "weights"), stored)
     written = {n: zlib.crc32((room / n).read_bytes()) for n in _files_in(room)}
     manifest = {**manifest, "files": written}
@@ -220,6 +221,26 @@ def _quiet():
     finally:
         for x, level in zip(loggers, levels, strict=True):
             x.setLevel(level)
+
+
+@contextlib.contextmanager
+def _threads_awaited():
+    """Orbax's writing threads end before a failed save does, and without tracebacks of their own.
+
+    The first failure is the one that is raised; the other threads would write on into a folder that
+    is being removed, and say so on stderr.
+    """
+    known, hook = set(threading.enumerate()), threading.excepthook
+    threading.excepthook = lambda args: hook(args) if args.thread in known else None
+    try:
+        yield
+    except Exception:
+        for thread in set(threading.enumerate()) - known:
+            with contextlib.suppress(Exception):
+                thread.join(timeout=10)
+        raise
+    finally:
+        threading.excepthook = hook
 
 
 def _present(path: str | os.PathLike) -> Path:

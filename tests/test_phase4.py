@@ -124,8 +124,9 @@ def test_without_comparison_the_source_is_the_yardstick(tmp_path):
 
 def test_a_job_with_a_teacher_in_microbatches_with_patience(tmp_path):
     settings = phase4.Settings(
-        epochs=30, batch=2, accumulate=2, patience=1, distill=0.5, compare=False, learning_rate=0.1
-    )
+        epochs=30, batch=2, accumulate=2, patience=1, distill=0.5, compare=False, learning_rate=0.1,
+        teacher="source",
+    )  # fmt: skip
     result = phase4.run(language(), WINDOWS, WINDOWS[:, ::-1], tmp_path, settings)
     entries = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [x for x in entries if "loss" in x]
@@ -138,6 +139,29 @@ def test_a_job_with_a_teacher_in_microbatches_with_patience(tmp_path):
     last = checkpoint.load(tmp_path / "latent" / "last")
     assert last.metadata["step"] == len(steps)
     assert checkpoint.read_manifest(tmp_path / "latent" / "best")["metadata"]["step"] < len(steps)
+
+
+def test_no_epochs_pack_what_was_converted(tmp_path):
+    settings = phase4.Settings(epochs=0, batch=4)
+    result = phase4.run(language(), WINDOWS, WINDOWS, tmp_path, settings)
+    scores = result["scores"]
+    assert set(scores) == {"float", "rounded", "converted", "fine_tuned", "packed"}
+    assert scores["packed"] == scores["converted"]
+    assert result["packed_equals_memory"] is True and result["yardstick"] == "float"
+
+
+def test_the_float_model_teaches_after_it_was_continued(tmp_path):
+    stages = []
+    for teacher in ("source", "continued"):
+        settings = phase4.Settings(epochs=1, batch=4, teacher=teacher, distill=1.0)
+        out = tmp_path / teacher
+        out.mkdir()
+        phase4.run(language(), WINDOWS, WINDOWS, out, settings)
+        entries = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+        stages.append([x for x in entries if x["stage"] == "fine-tune ternary" and "loss" in x])
+        assert entries[0]["stage"] == "continue float"
+    assert stages[0][0]["cross_entropy"] == stages[1][0]["cross_entropy"]
+    assert stages[0][0]["divergence"] != stages[1][0]["divergence"]
 
 
 def test_loading_a_checkpoint_that_is_no_decoder_is_told(tmp_path):

@@ -33,8 +33,9 @@ class Kind:
       vocab_size: of a BPE trained on the text; 0 for bytes.
       float_steps: of its float training, 16 windows of 128 tokens each.
       tuning_steps: of one epoch of fine-tuning, 8 windows each, on text not seen before.
-      float_rate: peak for the float model continued on that text; the best of 3e-4, 1e-3, 2e-3 and
-        4e-3 on seed 0, so that the yardstick is no straw man.
+      float_rate: peak for the float model continued on that text, so that the yardstick is no straw
+        man: on seed 0 2e-3 gave the demo 34.3 % against 33.9 % for 1e-3, and 3e-4 gave bytes 65.5 %
+        against 65.0 %.
     """
 
     config: DecoderConfig
