@@ -257,8 +257,8 @@ def run(
         if size < advice.SMALL and settings.scheme.rule not in ("int8", "int4"):
             others = advice.alternatives(source, held_out, settings.policy, settings.batch)
 
-    say(f"[bold]3 fine-tune[/], epochs: {settings.epochs}, through the straight-through estimator")
     if settings.epochs:
+        say(f"[bold]3 fine-tune[/], epochs: {settings.epochs}")
         latent = latent_start(student.params, unpack(first.tree), settings.scheme, settings.keep)
         begun = dataclasses.replace(student, params=latent)
         tuned, continued = _fine_tune(source, begun, text, held_out, out, settings, console, sinks)
@@ -266,7 +266,7 @@ def run(
         tuned, continued = Fit(unpack(first.tree), [], 0.0), None
     for name, fitted in (("float_continued", continued), ("fine_tuned", tuned)):
         model = ternary_model if fitted is tuned else float_model
-        if fitted is not None:
+        if fitted is not None and fitted.steps:
             with busy("measuring"):
                 scores[name] = evaluate(model, fitted.params, held_out, settings.batch)
 

@@ -281,7 +281,7 @@ def test_options_of_training(home):
         (["decoder", "--length", "100000"], "too few for one window"),
         (["decoder", "--batch", "100000"], "fewer than one batch"),
         (["decoder", "--batch", "0"], "--batch 0: must be 1 or more"),
-        (["decoder", "--epochs", "0"], "--epochs 0"),
+        (["decoder", "--epochs", "-1"], "--epochs -1"),
         (["decoder", "--scale", "sideways"], "--scheme and --scale: scale 'sideways'"),
         (["decoder", "--distill", "2"], "--distill is a share of 0..1"),
         (["decoder", "--accumulate", "0"], "--accumulate 0: must be 1 or more"),

@@ -145,7 +145,7 @@ def test_no_epochs_pack_what_was_converted(tmp_path):
     settings = phase4.Settings(epochs=0, batch=4)
     result = phase4.run(language(), WINDOWS, WINDOWS, tmp_path, settings)
     scores = result["scores"]
-    assert set(scores) == {"float", "rounded", "converted", "fine_tuned", "packed"}
+    assert set(scores) == {"float", "rounded", "converted", "packed"}
     assert scores["packed"] == scores["converted"]
     assert result["packed_equals_memory"] is True and result["yardstick"] == "float"
 
