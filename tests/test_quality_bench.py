@@ -40,7 +40,7 @@ def test_every_recipe_is_settings_of_the_main_job():
 
 def test_the_kept_results_are_complete():
     rows = bench.Results(bench.HERE / "results" / "bench.json").rows
-    for name in ("plain", "default", "twn", *bench.CONVERSIONS, bench.FLOAT):
+    for name in ("plain", "default", *bench.CONVERSIONS, bench.FLOAT):
         assert set(bench.seeds_of(rows, "demo", name)) == {"0", "1", "2"}
     assert len(bench.seeds_of(rows, "digits", "by data")) == 5
 
