@@ -3,11 +3,20 @@
 import dataclasses
 import json
 
+import jax
+import numpy as np
 import pytest
+from rich.console import Console
 
 from bitnet_jax import phase4
 from bitnet_jax.cli.jobs import Compress
-from experiments.quality import bench
+from bitnet_jax.models.decoder import DecoderConfig
+from bitnet_jax.models.folder import ModelFolder
+from bitnet_jax.optim import adamw
+from bitnet_jax.train.data import windows
+from bitnet_jax.train.loop import fit
+from bitnet_jax.train.text import byte_tokenizer
+from experiments.quality import bench, tune_pretrained
 
 ROWS = {
     "demo/float, continued/0": {"accuracy": 0.5, "loss": 1.0, "seconds": 9.0},
@@ -43,6 +52,19 @@ def test_the_kept_results_are_complete():
     for name in ("plain", "default", *bench.CONVERSIONS, bench.FLOAT):
         assert set(bench.seeds_of(rows, "demo", name)) == {"0", "1", "2"}
     assert len(bench.seeds_of(rows, "digits", "by data")) == 5
+
+
+def test_the_script_for_a_gpu_runs_on_a_tiny_model(tmp_path, monkeypatch):
+    config = DecoderConfig(vocab_size=256, width=32, layers=1, heads=2, kv_heads=1, hidden=64)
+    words = "hello world, this is some text. " * 200
+    (tmp_path / "text.txt").write_text(words)
+    text = windows(np.frombuffer(words.encode(), np.uint8).astype(np.int32), 32)
+    params = config.build(None).init(jax.random.key(0), text[:1, :-1])
+    params = fit(config.build(None), params, adamw(1e-2), text, epochs=1, batch=8).params
+    source = ModelFolder(config, None, params, byte_tokenizer())
+    monkeypatch.setattr(tune_pretrained.smollm2, "load", lambda: source)
+    job = tune_pretrained.Main(tmp_path / "out", tmp_path / "text.txt", epochs=1, length=32)
+    assert job(Console(quiet=True))["packed_equals_memory"] is True
 
 
 def test_the_command_has_the_same_defaults():
