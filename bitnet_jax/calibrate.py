@@ -20,7 +20,7 @@ from rich.console import Console
 from .convert import check_finite, path_name, ternarise
 from .errors import BitnetError
 from .leaf import Acting, Product, Quantized
-from .policy import Policy, quantized_format
+from .policy import Policy, is_ternary_matrix
 from .progress import counter
 from .quantize import Scheme, dequantize, grouped, quantize_kernel, round_activations
 from .reconstruct import corrected, damped, reconstruct
@@ -143,8 +143,8 @@ def calibrate(
     parts = [Stage((), stages)] if callable(stages) else list(stages)
     streams = [jax.tree.map(lambda x: jnp.stack([x, x]), b) for b in batches]
     found: dict[str, Quantized] = {}
-    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    total = sum(policy.format_of(name) in ("ternary", "ternary-stack") for name in names)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    total = sum(is_ternary_matrix(path_name(p), x, policy) for p, x in leaves)
     with counter(console, "calibrate", total) as done:
         for i, stage in enumerate(parts):
             part = _Part(stage, params, policy, scheme)
@@ -212,9 +212,8 @@ class _Part:
         self.inputs: dict[str, int | None] = {}
         for path, x in jax.tree_util.tree_leaves_with_path(self.tree):
             name = path_name(path)
-            format = quantized_format(self.prefix + name, x, policy)
-            if format.startswith("ternary"):
-                stack = format == "ternary-stack"
+            if is_ternary_matrix(self.prefix + name, x, policy):
+                stack = policy.format_of(self.prefix + name) == "ternary-stack"
                 self.latent[name] = x.astype(jnp.float32)
                 self.inputs[name] = None if stack else policy.inputs_of(self.prefix + name, x.ndim)
 

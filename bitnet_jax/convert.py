@@ -22,7 +22,7 @@ from .leaf import (
     is_quantized,
 )
 from .packed import pack_weight, unpack_weight
-from .policy import FLOATS, Policy, place, quantized_format, scheme_of
+from .policy import FLOATS, Policy, is_ternary_matrix, place, quantized_format, scheme_of
 from .quantize import Scheme, dequantize, quantize_kernel
 
 Tree = Any
@@ -176,7 +176,7 @@ def prequantize(params: Tree, policy: Policy = Policy(), scheme: Scheme = Scheme
     def one(path, x):
         name = path_name(path)
         format = quantized_format(name, x, policy)
-        if not format.startswith("ternary"):
+        if not is_ternary_matrix(name, x, policy):
             return None
         return _kernel(jax.lax.stop_gradient(x), name, format, policy, scheme)
 

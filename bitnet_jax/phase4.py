@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,18 +30,16 @@ from .convert import report as table_of
 from .errors import BitnetError
 from .models.folder import ModelFolder, PythonModule, load_model, save_model
 from .models.generate import Sampling, stream
+from .objective import Objective, objective_of
 from .optim import adamw, mugrokfast, two_stage
 from .output import RESUME
 from .policy import Policy
 from .quantize import Scheme
-from .recipe import DeadZone, LearnedScales, Part, Residual, WarmUp, finish
+from .recipe import DeadZone, LearnedScales, Part, Planned, Residual, WarmUp, finish
 from .subnorm import insert_sub_norms
 from .train.data import steps_per_epoch
-from .train.distill import distillation
-from .train.evaluate import evaluate
 from .train.loop import Fit, fit
-from .train.loss import Loss
-from .train.relation import relation
+from .train.loss import logits_of
 from .train.watch import watch
 
 Tree = Any
@@ -115,19 +112,32 @@ class Settings:
     seed: int = 0
 
 
-def fine_tuner(settings: Settings, rate: float, steps: int) -> optax.GradientTransformation:
-    """The optimizer of fine-tuning, with a short warm-up and a schedule to zero."""
+def fine_tuner(
+    settings: Settings, rate: float, steps: int, variables: Tree = None
+) -> optax.GradientTransformation:
+    """The optimizer of fine-tuning, with a short warm-up and a schedule to zero.
+
+    Of ``variables`` with several collections only ``params`` are trained: a long-term memory or
+    running statistics are the network's own to change.
+    """
     decay: Any = settings.weight_decay
     if settings.schedule == "two-stage":
         schedule, decay = two_stage(rate, max(steps, 2), weight_decay=decay)
     else:
         schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(steps // 20, 1), max(steps, 2))
     make = {"adamw": adamw, "mugrokfast": mugrokfast}[settings.optimizer]
-    return make(schedule, weight_decay=decay)
+    optimizer = make(schedule, weight_decay=decay)
+    if set(variables or ()) <= {"params"} or "params" not in variables:
+        return optimizer
+    others = {k: k != "params" for k in variables}
+    return optax.chain(optimizer, optax.masked(optax.set_to_zero(), others))
 
 
-def recipe_of(settings: Settings, steps: int) -> tuple[Part, ...]:
-    """The parts the settings ask for, of a training of so many steps; () for the plain one."""
+def recipe_of(settings: Settings, steps: int, params: Tree = None) -> tuple[Part, ...]:
+    """The parts the settings ask for, of a training of so many steps; () for the plain one.
+
+    With the parameters it is known whether the policy keeps some in 8 or 4 bits: `Planned` then.
+    """
     policy, scheme = settings.policy, settings.scheme
     parts: list[Part] = []
     if settings.learn_scales:
@@ -139,28 +149,10 @@ def recipe_of(settings: Settings, steps: int) -> tuple[Part, ...]:
         parts.append(Residual(steps, policy=policy))
     if settings.warmup:
         parts.append(WarmUp(max(round(settings.warmup * steps), 1), policy, scheme))
+    planned = Planned(policy, scheme)
+    if params is not None and planned.concerns(params):
+        parts.append(planned)
     return tuple(parts)
-
-
-def loss_of(
-    settings: Settings, model: nn.Module, teacher_params: Tree, layers: int | None = None
-) -> Loss:
-    """The loss the settings ask for, with a float model as the teacher.
-
-    Raises:
-      BitnetError: if relations are asked for without a layer.
-    """
-    loss = distillation(
-        model, teacher_params, temperature=settings.temperature, mixing=settings.distill
-    )
-    if not settings.relation:
-        return loss
-    layer = settings.relation_layer
-    if layer is None:
-        if layers is None:
-            raise BitnetError("relation: say of which layer, relation_layer=...")
-        layer = max(layers - 2, 0)
-    return relation(loss, model, teacher_params, layer=layer, weight=settings.relation)
 
 
 def convert_source(
@@ -236,13 +228,15 @@ def run(
     student = source
     if settings.sub_norms:
         student = insert_sub_norms(source, text[:16], console=screen)
+    objective = objective_of(source, student)
     ternary_model = student.config.build(settings.scheme)
+    measure = lambda model, params: objective.judge(model, params, held_out, settings.batch)
     size = sum(x.size for x in jax.tree.leaves(source.params))
 
     say("[bold]1 measure[/] the float model on held-out text")
     with busy("measuring"):
-        scores = {"float": evaluate(float_model, source.params, held_out, settings.batch)}
-    if not scores["float"]["accuracy"]:
+        scores = {"float": measure(float_model, source.params)}
+    if not scores["float"]["accuracy"] and not objective.agreement:
         raise BitnetError("the float model guesses no token right; train it before converting it")
 
     say("[bold]2 plan and convert[/]")
@@ -251,29 +245,32 @@ def run(
     with busy("measuring"):
         if settings.start == "data":
             plain = ternarise(student.params, settings.policy, settings.scheme)
-            scores["rounded"] = evaluate(ternary_model, plain, held_out, settings.batch)
-        scores["converted"] = evaluate(ternary_model, first.tree, held_out, settings.batch)
+            scores["rounded"] = measure(ternary_model, plain)
+        scores["converted"] = measure(ternary_model, first.tree)
         others = {}
-        if size < advice.SMALL and settings.scheme.rule not in ("int8", "int4"):
+        integers = settings.scheme.rule in ("int8", "int4")
+        if size < advice.SMALL and not integers and not objective.agreement:
             others = advice.alternatives(source, held_out, settings.policy, settings.batch)
 
     if settings.epochs:
         say(f"[bold]3 fine-tune[/], epochs: {settings.epochs}")
         latent = latent_start(student.params, unpack(first.tree), settings.scheme, settings.keep)
         begun = dataclasses.replace(student, params=latent)
-        tuned, continued = _fine_tune(source, begun, text, held_out, out, settings, console, sinks)
+        tuned, continued = _fine_tune(
+            source, begun, objective, text, held_out, out, settings, console, sinks
+        )
     else:
         tuned, continued = Fit(unpack(first.tree), [], 0.0), None
     for name, fitted in (("float_continued", continued), ("fine_tuned", tuned)):
         model = ternary_model if fitted is tuned else float_model
         if fitted is not None and fitted.steps:
             with busy("measuring"):
-                scores[name] = evaluate(model, fitted.params, held_out, settings.batch)
+                scores[name] = measure(model, fitted.params)
 
     say("[bold]4 pack, reload, verify[/]")
     with busy("packing and measuring"):
         conversion, reloaded, same = _pack(source, student, tuned.params, held_out, out, settings)
-        scores["packed"] = evaluate(reloaded.model, reloaded.params, held_out, settings.batch)
+        scores["packed"] = measure(reloaded.model, reloaded.params)
 
     windows = tuned.steps * settings.batch * settings.accumulate
     result = {
@@ -290,7 +287,7 @@ def run(
         "packed_equals_memory": same,
         **_sizes(out),
         "conversion": conversion.as_dict(),
-        "sample": sample(reloaded, prompt, seed=settings.seed),
+        "sample": "" if objective.agreement else sample(reloaded, prompt, seed=settings.seed),
         "seconds": _seconds(started, tuned, continued),
     }
     curves = (history or []) + tuned.history + (continued.history if continued else [])
@@ -335,6 +332,7 @@ def _seconds(started: float, tuned: Fit, continued: Fit | None) -> dict[str, flo
 def _fine_tune(
     source: ModelFolder,
     student: ModelFolder,
+    objective: Objective,
     text: np.ndarray,
     held_out: np.ndarray,
     out: Path,
@@ -351,6 +349,7 @@ def _fine_tune(
         "patience": settings.patience,
         "seed": settings.seed,
         "held_out": held_out,
+        "judge": objective.judge,
         "log": out / "metrics.jsonl",
         "sinks": sinks,
         "console": console,
@@ -358,11 +357,12 @@ def _fine_tune(
     continued = None
     if settings.compare or settings.teacher == "continued":
         continued = fit(
-            source.config.build(None),
+            objective_of(source).build(None),
             source.params,
-            fine_tuner(settings, settings.float_learning_rate, steps),
+            fine_tuner(settings, settings.float_learning_rate, steps, source.params),
             text,
             stage="continue float",
+            loss=objective.plain,
             keep=out / RESUME / "continued",
             resume=out / RESUME / "float",
             **common,
@@ -373,17 +373,15 @@ def _fine_tune(
     teacher = source.params
     if continued is not None and settings.teacher == "continued":
         teacher = continued.params
-    recipe = recipe_of(settings, steps)
+    recipe = recipe_of(settings, steps, student.params)
     once = lambda latent: prequantize(latent, settings.policy, settings.scheme)
     tuned = fit(
-        student.config.build(settings.scheme),
+        objective.build(settings.scheme),
         student.params,
-        fine_tuner(settings, settings.learning_rate, steps),
+        fine_tuner(settings, settings.learning_rate, steps, student.params),
         text,
         stage="fine-tune ternary",
-        loss=loss_of(
-            settings, source.config.build(None), teacher, getattr(source.config, "layers", None)
-        ),
+        loss=objective.loss(settings, teacher),
         prequantize=once if settings.accumulate > 1 else None,
         recipe=recipe,
         watch=watch(settings.policy, settings.scheme, recipe),
@@ -407,12 +405,12 @@ def _accuracy_loss(scores: dict[str, dict]) -> dict:
     accuracy = {k: v["accuracy"] for k, v in scores.items()}
     # A model that was done learning loses a little when it is continued: the better one counts.
     name = max(("float_continued", "float"), key=lambda k: accuracy.get(k, 0.0))
-    yardstick = accuracy[name]
+    lost = lambda kept, of: 1 - accuracy[kept] / accuracy[of] if accuracy[of] else 0.0
     return {
         "yardstick": name,
-        "relative_accuracy_loss": 1 - accuracy["packed"] / yardstick,
-        "relative_accuracy_loss_to_source": 1 - accuracy["packed"] / accuracy["float"],
-        "relative_accuracy_loss_unturned": 1 - accuracy["converted"] / accuracy["float"],
+        "relative_accuracy_loss": lost("packed", name),
+        "relative_accuracy_loss_to_source": lost("packed", "float"),
+        "relative_accuracy_loss_unturned": lost("converted", "float"),
     }
 
 
@@ -427,9 +425,8 @@ def _sizes(out: Path) -> dict:
 
 def _same_logits(a: ModelFolder, b: ModelFolder, held_out: np.ndarray) -> bool:
     """Whether two models give the same logits, bit for bit, on a batch of held-out text."""
-    x, y = (
-        np.asarray(jax.jit(m.model.apply)(m.params, held_out[:4, :-1]), np.float32) for m in (a, b)
-    )
+    run = lambda m: logits_of(jax.jit(m.model.apply)(m.params, held_out[:4, :-1]))
+    x, y = (np.asarray(run(m), np.float32) for m in (a, b))
     return bool((x.view(np.int32) == y.view(np.int32)).all())
 
 

@@ -110,10 +110,27 @@ def quantized_format(name: str, x: Any, policy: Policy) -> str:
     return format if format == "ternary-stack" or (format not in FLOATS and matrix) else ""
 
 
+def is_ternary_matrix(name: str, x: Any, policy: Policy) -> bool:
+    """Whether a leaf is a matrix that layers multiply by and the policy makes ternary.
+
+    A table that the policy makes ternary is looked up instead: layers never quantise it.
+    """
+    return not is_table(name) and quantized_format(name, x, policy).startswith("ternary")
+
+
+def is_table(name: str) -> bool:
+    """Whether a path is that of an embedding table.
+
+    >>> is_table("embed/embedding"), is_table("embed/proj/kernel")
+    (True, False)
+    """
+    return name.rsplit("/", 1)[-1] == "embedding"
+
+
 def scheme_of(format: str, path: str, scheme: Scheme) -> Scheme:
     """The scheme of a format: the caller's for ternary ones; tables have a scale a row."""
     if format.startswith("ternary"):
         return scheme
-    if path.rsplit("/", 1)[-1] == "embedding":
+    if is_table(path):
         return Scheme(format, "row")  # pyright: ignore[reportArgumentType]
     return Scheme("int8", "channel") if format == "int8" else Scheme("int4", _INT4_GROUP)

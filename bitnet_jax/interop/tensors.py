@@ -49,7 +49,7 @@ def read(path: Path) -> Tensors:
       BitnetError: if the file is missing, damaged, holds no tensor, or holds code.
     """
     if path.is_dir():
-        path = _inside(path)
+        path = inside(path)
     if not path.is_file():
         raise BitnetError(f"{path}: no such file; give safetensors or PyTorch weights")
     if path.suffix == ".safetensors":
@@ -67,7 +67,7 @@ def read(path: Path) -> Tensors:
     return found
 
 
-def _inside(folder: Path) -> Path:
+def inside(folder: Path) -> Path:
     """The weights of a folder: an index, or its only weight file."""
     for pattern in ("*.safetensors.index.json", "*.safetensors", *(f"*{s}" for s in _TORCH)):
         files = sorted(folder.glob(pattern))

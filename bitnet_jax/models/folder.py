@@ -14,7 +14,9 @@ from .. import checkpoint
 from ..calibrate import Stage
 from ..errors import BitnetError
 from ..quantize import Scheme
+from . import phase3
 from .decoder import DecoderConfig, stages
+from .phase3 import Phase3Config
 
 TOKENIZER = "tokenizer.json"
 
@@ -91,13 +93,13 @@ class ModelFolder:
     """A language model with all it needs to read and write text.
 
     Attributes:
-      config: the network: shape of a `Decoder`, or a `PythonModule`.
+      config: the network: shape of a `Decoder` or of a Phase 3 network, or a `PythonModule`.
       scheme: of its ternary layers; None for a float model.
       params: its variables: float, latent or packed.
       tokenizer: text to tokens and back.
     """
 
-    config: DecoderConfig | PythonModule
+    config: DecoderConfig | Phase3Config | PythonModule
     scheme: Scheme | None
     params: Any
     tokenizer: tokenizers.Tokenizer
@@ -111,6 +113,8 @@ class ModelFolder:
         """The network with ternary layers of this scheme, in parts, for `bitnet_jax.calibrate`."""
         if isinstance(self.config, DecoderConfig):
             return stages(self.config, scheme)
+        if isinstance(self.config, Phase3Config):
+            return phase3.stages(self.config, scheme)
         return [Stage((), self.config.build(scheme).apply)]
 
 
@@ -120,8 +124,9 @@ def save_model(path: str | os.PathLike, folder: ModelFolder, overwrite: bool = F
     Raises:
       BitnetError: as `bitnet_jax.checkpoint.save`.
     """
+    kinds = {"decoder": DecoderConfig, "phase3": Phase3Config, "module": PythonModule}
     metadata = {
-        "model": "decoder" if isinstance(folder.config, DecoderConfig) else "module",
+        "model": next(name for name, kind in kinds.items() if isinstance(folder.config, kind)),
         "config": dataclasses.asdict(folder.config),
         "scheme": None if folder.scheme is None else dataclasses.asdict(folder.scheme),
     }
@@ -142,13 +147,14 @@ def load_model(path: str | os.PathLike, module: PythonModule | None = None) -> M
     """
     stored = checkpoint.load(path)
     kind, config = stored.metadata.get("model"), stored.metadata.get("config", {})
-    if kind not in ("decoder", "module") or TOKENIZER not in stored.files:
+    if kind not in ("decoder", "phase3", "module") or TOKENIZER not in stored.files:
         raise BitnetError(f"{path}: holds no language model with its tokenizer")
     if kind == "module" and module is None:
         raise BitnetError(f"{path}: needs its network, --module {config['source']}")
     scheme = stored.metadata["scheme"]
+    known = Phase3Config if kind == "phase3" else DecoderConfig
     return ModelFolder(
-        DecoderConfig(**config) if module is None else module,
+        known(**config) if module is None else module,
         None if scheme is None else Scheme(**scheme),
         stored.tree,
         tokenizers.Tokenizer.from_str(stored.files[TOKENIZER].decode()),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ..convert import path_name
 from ..leaf import Acting, Prequantized, Quantized, is_quantized
-from ..policy import Policy, quantized_format
+from ..policy import Policy, is_ternary_matrix, quantized_format
 from ..quantize import Scheme, dequantize, quantize_kernel, straight_through
 
 Tree = Any
@@ -71,7 +71,7 @@ def on_matrices(f: Callable[[str, Any], Any], params: Tree, policy: Policy) -> T
 
     def one(path, x):
         name = path_name(path)
-        return f(name, x) if quantized_format(name, x, policy).startswith("ternary") else x
+        return f(name, x) if is_ternary_matrix(name, x, policy) else x
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_quantized)
 

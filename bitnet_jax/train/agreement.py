@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .loss import float32_logits
+
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _sums(a: nn.Module, params_a: Any, b: nn.Module, params_b: Any, batch: jax.Array, real):
     """Summed agreement and divergence over the rows of the batch that are real."""
     x, y = (
-        jax.nn.log_softmax(jnp.asarray(m.apply(p, batch[:, :-1])).astype(jnp.float32))
-        for m, p in ((a, params_a), (b, params_b))
+        jax.nn.log_softmax(float32_logits(m, p, batch)) for m, p in ((a, params_a), (b, params_b))
     )
     same = x.argmax(-1) == y.argmax(-1)
     divergence = jnp.sum(jnp.exp(y) * (y - x), axis=-1)

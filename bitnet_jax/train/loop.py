@@ -64,6 +64,7 @@ def fit(
     prequantize: Callable[[Tree], Tree] | None = None,
     recipe: Sequence[Part] = (),
     watch: Callable[[Tree, Tree], dict] | None = None,
+    judge: Callable[..., dict[str, float]] = evaluate,
     held_out: np.ndarray | None = None,
     patience: int | None = None,
     stage: str = "train",
@@ -91,6 +92,7 @@ def fit(
       recipe: parts that stand between the parameters and the network, see `bitnet_jax.recipe`. The
         result's parameters are the trained ones; ``finish`` them to measure or pack them.
       watch: (params before, params after a step) -> metrics, see `bitnet_jax.train.watch`.
+      judge: (model, params, held_out, batch) -> scores, ``loss`` and ``accuracy`` among them.
       held_out: windows to evaluate on after every epoch.
       patience: epochs without a lower held-out loss after which training stops; None for never.
       stage: name of this training in the log and on the progress bar.
@@ -132,7 +134,7 @@ def fit(
             if run.step % per_epoch == 0:
                 if held_out is not None:
                     done = recipes.finish(recipe, run.params)
-                    record(_judge(run, plan, evaluate(model, done, held_out, batch)))
+                    record(_judge(run, plan, judge(model, done, held_out, batch)))
                 _keep(keep, run, stage)
             run.seconds = time.perf_counter() - began
             save(run, now=run.finished)

@@ -1,6 +1,6 @@
 """Losses of the training loop: functions of (model, params, batch)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -35,7 +35,16 @@ def float32_logits(model: nn.Module, params: Any, batch: jax.Array) -> jax.Array
 
     In float32, because a softmax summed in bfloat16 is wrong in the third digit.
     """
-    return jnp.asarray(model.apply(params, batch[:, :-1])).astype(jnp.float32)
+    return logits_of(model.apply(params, batch[:, :-1])).astype(jnp.float32)
+
+
+def logits_of(out: Any) -> jax.Array:
+    """The logits in what a network gives: all of it, or ``out["logits"]`` of a dict.
+
+    >>> logits_of({"logits": jnp.ones(2), "loss": 0.0}).tolist()
+    [1.0, 1.0]
+    """
+    return jnp.asarray(out["logits"] if isinstance(out, Mapping) else out)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -14,6 +14,7 @@ from bitnet_jax.calibrate import latent_start
 from bitnet_jax.convert import unpack
 from bitnet_jax.models.decoder import Decoder, DecoderConfig
 from bitnet_jax.models.folder import ModelFolder
+from bitnet_jax.objective import objective_of
 from bitnet_jax.optim import mugrokfast
 from bitnet_jax.recipe import finish
 from bitnet_jax.subnorm import insert_sub_norms
@@ -138,7 +139,7 @@ def tuned(bed: Bed, job: phase4.Settings, teacher: Any) -> dict:
     steps = len(bed.train) // job.batch * job.epochs
     recipe = phase4.recipe_of(job, steps)
     model = student.config.build(job.scheme)
-    loss = phase4.loss_of(job, Decoder(bed.source.config), teacher, bed.source.config.layers)
+    loss = objective_of(bed.source).loss(job, teacher)
     fitted = fit(
         model, params, phase4.fine_tuner(job, job.learning_rate, steps), bed.train,
         epochs=job.epochs, batch=job.batch, seed=job.seed, loss=loss, recipe=recipe,
