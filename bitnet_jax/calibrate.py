@@ -19,7 +19,7 @@ from rich.console import Console
 
 from .convert import check_finite, path_name, ternarise
 from .errors import BitnetError
-from .leaf import Acting, Product, Quantized
+from .leaf import Acting, Product, Quantized, Ternary
 from .policy import Policy, is_ternary_matrix
 from .progress import counter
 from .quantize import Scheme, dequantize, grouped, quantize_kernel, round_activations
@@ -188,7 +188,7 @@ def latent_start(params: Tree, converted: Tree, scheme: Scheme, keep: float) -> 
 
 
 def _moved(kernel: jax.Array, weight: Quantized, rule: str, keep: float) -> jax.Array:
-    if rule in ("absmean", "threshold"):
+    if isinstance(weight, Ternary) and rule in ("absmean", "threshold"):
         blocks, rows = grouped(jnp.abs(weight.codes).astype(jnp.float32), weight.group)
         axes = (-2, -1) if weight.scale.shape[-1] == 1 else (-2,)
         size = rows * (weight.codes.shape[-1] if len(axes) == 2 else 1)

@@ -154,7 +154,7 @@ def _fill(room: Path, stored: Tree, files: dict[str, bytes], manifest: dict) -> 
         (room / name).write_bytes(data)
     with _quiet(), _threads_awaited():
         ocp.save(str(room / "weights"), stored)
-    written = {n: zlib.crc32((room / n).read_bytes()) for n in _files_in(room)}
+    written = {n: zlib.crc32((room / n).read_bytes()) for n in files_in(room)}
     manifest = {**manifest, "files": written}
     manifest["self"] = zlib.crc32(_text(manifest).encode())
     (room / _MANIFEST).write_text(_text(manifest))
@@ -171,7 +171,8 @@ def _check_names(path: Path, leaves: int, arrays: dict, files: dict[str, bytes])
             raise BitnetError(f"{path}: {name!r} cannot be the name of an extra file")
 
 
-def _files_in(folder: Path) -> list[str]:
+def files_in(folder: Path) -> list[str]:
+    """Paths of all files in a folder, relative to it, sorted."""
     return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
 
 

@@ -28,6 +28,8 @@ from .convert import (
 )
 from .convert import report as table_of
 from .errors import BitnetError
+from .half import exact_in_half
+from .leaf import is_quantized
 from .models.folder import ModelFolder, PythonModule, load_model, save_model
 from .models.generate import Sampling, stream
 from .objective import Objective, objective_of
@@ -126,7 +128,11 @@ def fine_tuner(
     else:
         schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(steps // 20, 1), max(steps, 2))
     make = {"adamw": adamw, "mugrokfast": mugrokfast}[settings.optimizer]
-    optimizer = make(schedule, weight_decay=decay)
+    return only_params(make(schedule, weight_decay=decay), variables)
+
+
+def only_params(optimizer: optax.GradientTransformation, variables: Tree):
+    """The optimizer for variables of which only the collection ``params`` is trained."""
     if set(variables or ()) <= {"params"} or "params" not in variables:
         return optimizer
     others = {k: k != "params" for k in variables}
@@ -182,7 +188,8 @@ def convert_source(
         screen = console or Console(quiet=True)
         screen.print(f"[yellow]converted by the rule alone[/]: {reason}", highlight=False)
         return convert(source.params, settings.policy, settings.scheme)
-    return Converted(pack(tree), table_of(source.params, tree, settings.policy))
+    tree = pack(tree)
+    return Converted(tree, table_of(source.params, tree, settings.policy))
 
 
 def run(
@@ -231,6 +238,7 @@ def run(
     objective = objective_of(source, student)
     ternary_model = student.config.build(settings.scheme)
     measure = lambda model, params: objective.judge(model, params, held_out, settings.batch)
+    rounded = lambda params: ternarise(params, settings.policy, settings.scheme)
     size = sum(x.size for x in jax.tree.leaves(source.params))
 
     say("[bold]1 measure[/] the float model on held-out text")
@@ -244,8 +252,7 @@ def run(
     say(report.plan_table(first.report))
     with busy("measuring"):
         if settings.start == "data":
-            plain = ternarise(student.params, settings.policy, settings.scheme)
-            scores["rounded"] = measure(ternary_model, plain)
+            scores["rounded"] = measure(ternary_model, rounded(student.params))
         scores["converted"] = measure(ternary_model, first.tree)
         others = {}
         integers = settings.scheme.rule in ("int8", "int4")
@@ -262,14 +269,18 @@ def run(
     else:
         tuned, continued = Fit(unpack(first.tree), [], 0.0), None
     for name, fitted in (("float_continued", continued), ("fine_tuned", tuned)):
-        model = ternary_model if fitted is tuned else float_model
-        if fitted is not None and fitted.steps:
-            with busy("measuring"):
-                scores[name] = measure(model, fitted.params)
+        if fitted is None or not fitted.steps:
+            continue
+        ternary = fitted is tuned
+        params = rounded(fitted.params) if ternary else fitted.params
+        with busy("measuring"):
+            scores[name] = measure(ternary_model if ternary else float_model, params)
 
     say("[bold]4 pack, reload, verify[/]")
     with busy("packing and measuring"):
-        conversion, reloaded, same = _pack(source, student, tuned.params, held_out, out, settings)
+        conversion, reloaded, same = _pack(
+            source, student, tuned.params, held_out, out, settings, exact=objective.agreement
+        )
         scores["packed"] = measure(reloaded.model, reloaded.params)
 
     windows = tuned.steps * settings.batch * settings.accumulate
@@ -284,6 +295,7 @@ def run(
         },
         "scores": scores,
         **_accuracy_loss(scores),
+        **({"disagreement": 1 - scores["packed"]["top1"]} if objective.agreement else {}),
         "packed_equals_memory": same,
         **_sizes(out),
         "conversion": conversion.as_dict(),
@@ -303,14 +315,20 @@ def _pack(
     held_out: np.ndarray,
     out: Path,
     settings: Settings,
+    exact: bool,
 ) -> tuple[Report, ModelFolder, bool]:
     """Pack and save the tuned model, and the source in float32 beside it; reload and compare.
 
     Returns:
       What became of every leaf, the model as reloaded, and whether its logits are the same.
     """
-    packed = convert(latent, settings.policy, settings.scheme)
-    ternary = dataclasses.replace(student, scheme=settings.scheme, params=packed.tree)
+    tree = ternarise(latent, settings.policy, settings.scheme)
+    if exact:
+        floats = lambda x, y: y if is_quantized(x) else x
+        known = jax.tree.map(floats, latent, student.params, is_leaf=is_quantized)
+        tree = exact_in_half(tree, known)
+    tree = pack(tree)
+    ternary = dataclasses.replace(student, scheme=settings.scheme, params=tree)
     save_model(out / "packed", ternary, overwrite=True)
     full = jax.tree.map(_float32, source.params)
     save_model(out / "float32", dataclasses.replace(source, params=full), overwrite=True)
@@ -318,7 +336,7 @@ def _pack(
     reloaded = load_model(out / "packed", module)
     if not (same := _same_logits(ternary, reloaded, held_out)):
         raise BitnetError(f"{out / 'packed'}: reloaded, it gives other logits than in memory")
-    return packed.report, reloaded, same
+    return table_of(latent, tree, settings.policy), reloaded, same
 
 
 def _seconds(started: float, tuned: Fit, continued: Fit | None) -> dict[str, float]:
@@ -349,7 +367,6 @@ def _fine_tune(
         "patience": settings.patience,
         "seed": settings.seed,
         "held_out": held_out,
-        "judge": objective.judge,
         "log": out / "metrics.jsonl",
         "sinks": sinks,
         "console": console,
@@ -363,6 +380,7 @@ def _fine_tune(
             text,
             stage="continue float",
             loss=objective.plain,
+            judge=objective.judge,
             keep=out / RESUME / "continued",
             resume=out / RESUME / "float",
             **common,
@@ -381,6 +399,9 @@ def _fine_tune(
         fine_tuner(settings, settings.learning_rate, steps, student.params),
         text,
         stage="fine-tune ternary",
+        judge=lambda m, p, data, batch: objective.judge(
+            m, ternarise(p, settings.policy, settings.scheme), data, batch
+        ),
         loss=objective.loss(settings, teacher),
         prequantize=once if settings.accumulate > 1 else None,
         recipe=recipe,

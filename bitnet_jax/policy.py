@@ -129,8 +129,12 @@ def is_table(name: str) -> bool:
 
 def scheme_of(format: str, path: str, scheme: Scheme) -> Scheme:
     """The scheme of a format: the caller's for ternary ones; tables have a scale a row."""
+    if is_table(path):
+        # One of four adjacent rows cannot be 0 in a table: rows have nothing to do with each other.
+        if format.startswith("ternary"):
+            rule = "twn" if scheme.rule == "sherry" else scheme.rule
+            return dataclasses.replace(scheme, rule=rule, scale="row")
+        return Scheme(format, "row")  # pyright: ignore[reportArgumentType]
     if format.startswith("ternary"):
         return scheme
-    if is_table(path):
-        return Scheme(format, "row")  # pyright: ignore[reportArgumentType]
     return Scheme("int8", "channel") if format == "int8" else Scheme("int4", _INT4_GROUP)

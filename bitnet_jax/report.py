@@ -10,6 +10,7 @@ Keys of ``report.json``, stable from one version to the next (shares are in 0..1
 | ``ratio_on_disk`` | bytes of the float32 checkpoint folder / bytes of the packed folder, everything in it counted |
 | ``bytes_on_disk`` | ``float32`` and ``packed``, the two terms of that ratio |
 | ``scores`` | for ``float``, ``rounded`` (ternary by the rule alone, where the conversion looked at data), ``converted``, ``float_continued``, ``fine_tuned``, ``packed``: ``loss`` (nats a token), ``perplexity``, ``accuracy``, ``tokens`` |
+| ``disagreement`` | of a Phase 3 network, which looks both ways: 1 - ``top1`` of the packed model. Its scores have ``top1`` and ``kl`` besides (how far it says what the float model says), and ``loss`` and ``accuracy`` are of its own loss: every position asked for its own token |
 | ``packed_equals_memory`` | the model reloaded from disk gives the same logits as in memory, bit for bit |
 | ``conversion`` | ``bytes_before``, ``bytes_after`` (arrays), ``codes`` (how many are -1, 0, +1), ``unmatched`` (matrices no rule fits), ``leaves`` |
 | ``parameters``, ``alternatives`` | how many weights; for fewer than 5 million what ``int8`` and ``int4`` cost untrained: ``loss``, ``accuracy``, ``ratio`` (bytes of arrays) |
@@ -52,17 +53,33 @@ def component(path: str) -> str:
 
     >>> component("layer_3/attention/query/kernel"), component("layer_3/mlp_norm/scale")
     ('attention', 'norms and biases')
+    >>> component("trm/refiner/mlp_0/kernel"), component("buffers/backbone/ltm/memory_state")
+    ('recursion', 'buffers')
     """
     parts = path.split("/")
+    if parts[0] == "buffers":
+        return "buffers"
     if parts[-1] in ("bias", "scale") and "kernel" not in parts:
         return "norms and biases"
-    known = ("attention", "mlp", "embed", "head")
-    return next((k for k in known if any(k in p for p in parts)), "other matrices")
+    return next((name for key, name in _PARTS.items() if any(key in p for p in parts)), "other")
+
+
+# What of a path tells the part of a model, the first that is in it; the first three of Phase 3.
+_PARTS = {
+    "trm": "recursion",
+    "ltm": "memory",
+    "mag_gate": "memory",
+    "act_head": "other",
+    "attention": "attention",
+    "mlp": "mlp",
+    "embed": "embed",
+    "head": "head",
+}
 
 
 def plan_table(plan: Report) -> Table:
     """What every component becomes: parameters, format, bytes before and after, zeros."""
-    table = Table(title="Plan", title_justify="left")
+    table = Table(title="Converted", title_justify="left")
     table.add_column("component")
     table.add_column("format")
     for name in ("parameters", "bytes", "after", "ratio", "zeros %"):
@@ -119,14 +136,17 @@ def score_table(result: dict) -> Table:
     """Loss, perplexity and accuracy of the model at every step of the job."""
     table = Table(title="Held-out text", title_justify="left")
     table.add_column("model")
-    for name in ("loss (nats)", "perplexity", "accuracy"):
+    agreement = "top1" in result["scores"]["float"]
+    last = ("same token", "KL (nats)") if agreement else ()
+    for name in ("loss (nats)", *(() if agreement else ("perplexity",)), "accuracy", *last):
         table.add_column(name, justify="right")
     for key, label in _ROWS.items():
         if key in result["scores"]:
             x = result["scores"][key]
-            table.add_row(
-                label, f"{x['loss']:.4f}", f"{x['perplexity']:.2f}", f"{100 * x['accuracy']:.2f} %"
-            )
+            row = [f"{x['loss']:.4f}", f"{x['perplexity']:.2f}", f"{100 * x['accuracy']:.2f} %"]
+            if agreement:
+                row = [row[0], row[2], f"{100 * x['top1']:.2f} %", f"{x['kl']:.4f}"]
+            table.add_row(label, *row)
     return table
 
 
@@ -136,10 +156,20 @@ def summary(result: dict) -> list[str]:
     continued = result["yardstick"] == "float_continued"
     yardstick = "continued on the same tokens" if continued else "it came from"
     equal = "the same logits, bit for bit" if result["packed_equals_memory"] else "OTHER LOGITS"
-    return [
+    quality = (
         f"Accuracy: the packed ternary model is {100 * lost:.2f} % (relative) below the float model"
         f" {yardstick} (before fine-tuning: "
-        f"{100 * result['relative_accuracy_loss_unturned']:.1f} %).",
+        f"{100 * result['relative_accuracy_loss_unturned']:.1f} %)."
+    )
+    if "disagreement" in result:
+        before, after = (result["scores"][k] for k in ("converted", "packed"))
+        quality = (
+            f"Agreement: the packed ternary model names the float model's token at "
+            f"{100 * after['top1']:.2f} % of positions, KL {after['kl']:.4f} nats "
+            f"(before fine-tuning: {100 * before['top1']:.2f} %, {before['kl']:.4f})."
+        )
+    return [
+        quality,
         f"Size on disk: {disk['float32']:,} -> {disk['packed']:,} bytes, "
         f"{result['ratio_on_disk']:.2f}x smaller, everything counted.",
         f"Reloaded from disk it gives {equal}.",
@@ -153,8 +183,9 @@ def text(result: dict, width: int = 110, every_leaf: bool = False) -> str:
     console.print(score_table(result))
     for line in summary(result):
         console.print(line, highlight=False)
-    console.print("\nA sample of its text:", highlight=False)
-    console.print(result["sample"], markup=False, highlight=False)
+    if result["sample"]:
+        console.print("\nA sample of its text:", highlight=False)
+        console.print(result["sample"], markup=False, highlight=False)
     if every_leaf:
         console.print(leaf_table(result["conversion"]["leaves"]))
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]

@@ -13,11 +13,13 @@ from ..errors import BitnetError
 from ..output import write_json
 from .checks import Inspect, Sandbox
 from .jobs import Compress, Demo
+from .phase5 import Continue
 from .use import Eval, Generate
 
 _COMMANDS = {
     "demo": Demo,
     "compress": Compress,
+    "continue": Continue,
     "eval": Eval,
     "generate": Generate,
     "inspect": Inspect,

@@ -41,21 +41,25 @@ class Demo:
 
 @dataclasses.dataclass(frozen=True)
 class Compress:
-    """Make your own language model ternary: measure, convert, fine-tune, pack, verify, report.
+    """Make your own model ternary: measure, plan, convert, fine-tune, pack, verify, report.
 
-    MODEL is a model folder of ours, or PyTorch weights (safetensors, also sharded, or .pt) together
-    with the network they are for, --module net.py:Net: a flax.linen module from tokens to logits
-    whose ternary layers take a scheme.
+    MODEL is a model folder of ours; a Phase 3 checkpoint; or PyTorch weights (safetensors, also
+    sharded, or .pt) with the network they are for, --module net.py:Net: a flax.linen module from
+    tokens to logits whose ternary layers take a scheme. Without --data any weights are converted,
+    packed and verified leaf by leaf, and nothing is trained.
     """
 
     model: tyro.conf.Positional[Path]
     """The full-precision model."""
-    data: Annotated[Path, tyro.conf.arg(metavar="PATH")]
-    """Text: a file, a folder, or .jsonl with the key text. A tenth is held out to measure on."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """New folder: the packed model in DIR/packed, the float one in DIR/float32, the report."""
-    scheme: Literal["absmean", "twn", "threshold", "sherry", "int8", "int4"] = "absmean"
-    """How weights become codes: ternary (sherry: one of four is 0, 1.25 bits), or integers."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Text: a file, a folder, or .jsonl with the key text. A tenth is held out to measure on."""
+    target_ratio: Annotated[float | None, tyro.conf.arg(metavar="RATIO")] = None
+    """Plan formats part by part, ternary to float16, to be so many times smaller than float32."""
+    scheme: Literal["absmean", "twn", "threshold", "sherry", "int8", "int4"] | None = None
+    """How weights become codes: ternary (sherry: one of four is 0, 1.25 bits), or integers.
+    By default absmean; twn for a Phase 3 network and without --data."""
     scale: Annotated[str | None, tyro.conf.arg(metavar="tensor|channel|N")] = None
     """What shares a scale; N are consecutive inputs of an output. By default each rule's own."""
     start: Literal["data", "rule"] = "data"
@@ -78,12 +82,12 @@ class Compress:
     """Batches whose gradients are averaged for one step."""
     patience: int | None = None
     """Stop after so many epochs without a lower held-out loss; the best weights are packed."""
-    distill: float = 0.5
-    """Weight of the float model's distribution in the loss, 0..1."""
+    distill: float | None = None
+    """Weight of the float model's distribution in the loss, 0..1; 0.5 by default."""
     temperature: float = 1.0
     """Of both distributions then."""
-    teacher: Literal["source", "continued"] = "continued"
-    """Which float model that is: as it came, or continued on the same text."""
+    teacher: Literal["source", "continued"] | None = None
+    """Which float model that is: as it came (of Phase 3), or continued on the same text."""
     relation: float = 0.0
     """Weight of the teacher's attention relations in the loss (BitDistill); 100 to 400 is usual."""
     warmup: float = 0.0
@@ -104,10 +108,16 @@ class Compress:
     """Tokens a window."""
     optimizer: Literal["adamw", "mugrokfast"] = "adamw"
     """AdamW, or Muon for the matrices and AdamW for the rest."""
-    learning_rate: float = 2e-3
-    """Peak; decays to zero."""
-    compare: bool = True
-    """Also continue the float model on the same text, the honest yardstick (and the teacher)."""
+    learning_rate: float | None = None
+    """Peak, decays to zero; 2e-3, for Phase 3 5e-4."""
+    compare: bool | None = None
+    """Also continue the float model on the same text, the honest yardstick; not for Phase 3."""
+    architecture: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """Of a Phase 3 checkpoint whose own JSON does not tell its network's shape."""
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """Fields of its shape that no file tells: n_heads=5 sw_window=1024 ..."""
+    latent: bool = False
+    """Also hand the latent weights on to Phase 5, in DIR/phase5."""
     seed: int = 0
     """Fixes the order of the text and the sampling."""
     tensorboard: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -120,37 +130,89 @@ class Compress:
     def __call__(self, console: Console) -> dict:
         from .. import compress, phase4
 
+        if self.data is None:
+            return self._pack_only(console)
         if self.epochs < 0:
             raise BitnetError(f"--epochs {self.epochs}: give 0 (no training) or more")
         bound = _share(self.max_loss)
         for name in ("batch", "length", "accumulate", "patience"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise BitnetError(f"--{name} {value}: must be 1 or more")
-        if not 0 <= self.distill <= 1 or not self.temperature > 0:
+        if not 0 <= (self.distill or 0) <= 1 or not self.temperature > 0:
             raise BitnetError("--distill is a share of 0..1, --temperature a number above 0")
         if not 0 <= self.warmup <= 1 or min(self.relation, self.dead_zone) < 0:
             raise BitnetError("--warmup is a share of 0..1, --relation and --dead-zone 0 or more")
-        scale = int(self.scale) if self.scale and self.scale.isdigit() else self.scale
-        same = {f.name for f in dataclasses.fields(phase4.Settings)} - {"scheme", "policy"}
-        settings = phase4.Settings(
-            scheme=compress.make_scheme(self.scheme, scale),
-            policy=compress.make_policy(self.embeddings),
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in same},
-        )
         check_output(self.out, self.resume)
         with console.status("reading model and text", spinner="line"):
-            source = compress.load_source(self.model, self.module, self.tokenizer, console)
+            source = self._source(console)
             source = compress.computed_in(source, self.dtype)
             text = compress.load_text(self.data, source, self.length)
+        same = {f.name for f in dataclasses.fields(phase4.Settings)} - {"scheme", "policy"}
+        given = {k: v for k, v in vars(self).items() if k in same and v is not None}
+        family = compress.defaults(source)
+        settings = phase4.Settings(
+            **{**family, **given},
+            scheme=self._scheme("twn" if family else "absmean"),
+            policy=compress.make_policy(self.embeddings, source),
+        )
+        if self.target_ratio is not None:
+            settings = compress.planned(source, text, settings, self.target_ratio, console)
         sinks = self._sinks()
         prepare_output(self.out, self.resume)
-        result = compress.run(source, text, self.out, settings, console, sinks)
+        result = compress.run(
+            source, text, self.out, settings, console, sinks, self.model, self.latent
+        )
         _show(result, self.out, console)
-        lost = result["relative_accuracy_loss"]
+        return self._judged(result, bound)
+
+    def _judged(self, result: dict, bound: float | None) -> dict:
+        """The result, marked as failed if it lost more, or is larger, than was allowed."""
+        lost = result.get("disagreement", result.get("relative_accuracy_loss", 0.0))
+        ratio, told = result["ratio_on_disk"], ""
         if bound is not None and lost > bound:
             told = f"lost {100 * lost:.2f} % of the accuracy, --max-loss allows {100 * bound:.2f} %"
+        elif self.target_ratio is not None and ratio < self.target_ratio:
+            told = f"{ratio:.2f}x smaller on disk, --target-ratio asks for {self.target_ratio:g}x"
+        if told:
             return result | {"failed": f"{told}; the model and its report are in {self.out}"}
         return result
+
+    def _scheme(self, rule: str):
+        from .. import compress
+
+        scale = int(self.scale) if self.scale and self.scale.isdigit() else self.scale
+        return compress.make_scheme(self.scheme or rule, scale)
+
+    def _source(self, console: Console):
+        from .. import compress
+
+        overrides = compress.parse_fields(self.set)
+        return compress.load_source(
+            self.model, self.module, self.tokenizer, console, self.architecture, overrides
+        )
+
+    def _pack_only(self, console: Console) -> dict:
+        """Weights alone: converted by the rule, packed, verified."""
+        from .. import compress, shrink
+
+        if self.max_loss is not None or self.resume:
+            raise BitnetError("--max-loss and --resume need text to measure on; give --data")
+        check_output(self.out)
+        with console.status("reading the weights", spinner="line"):
+            overrides = compress.parse_fields(self.set)
+            source = compress.load_weights(
+                self.model, self.module, self.tokenizer, console, self.architecture, overrides
+            )
+        scheme, policy = self._scheme("twn"), compress.make_policy(self.embeddings, source)
+        if self.target_ratio is not None:
+            policy = compress.plan_for(source, scheme, policy, self.target_ratio, console=console)
+        prepare_output(self.out)
+        result = compress.pack_only(source, self.out, policy, scheme, self.model, console)
+        console.print(shrink.table(result))
+        for line in shrink.summary(result):
+            console.print(line, highlight=False)
+        console.print(f"Packed: {self.out / 'packed'}    report: {self.out / 'report.txt'}")
+        return self._judged(result, None)
 
     def _sinks(self) -> list:
         from ..train import sinks

@@ -138,6 +138,11 @@ def is_phase3(path: Path) -> bool:
     return any(n.endswith(_FIRST) for n in names) and any(".refiner." in n for n in names)
 
 
+def description(path: Path) -> dict:
+    """The JSON that lies beside these weights; empty without one."""
+    return _description(_weights(Path(path)))
+
+
 def _weights(path: Path) -> Path:
     """The file with the weights."""
     if path.is_dir():

@@ -53,10 +53,13 @@ class _Recursion:
             return own["loss"], metrics
         theirs: Any = self.teacher.apply(self.teacher_params, ids, return_all_steps=True)
         wanted = jax.lax.stop_gradient(theirs["all_logits"].astype(jnp.float32))
-        steps = jax.vmap(divergence, (0, 0, None))(wanted, every, self.temperature)
+        reached = supervised(self.config, wanted, ids, out["halting_steps"], out["loss_gate"])
         weights = jnp.asarray(self.config.step_weights[: len(every)], jnp.float32)
-        distance = (weights * steps[: len(weights)]).sum() / weights.sum()
-        loss = (1 - self.mixing) * own["loss"] + self.mixing * distance
+        mean = lambda steps: (weights * steps[: len(weights)]).sum() / weights.sum()
+        task = mean(jnp.maximum(own["step_losses"], reached["step_losses"])) + out["loss_gate"]
+        steps = jax.vmap(divergence, (0, 0, None))(wanted, every, self.temperature)
+        distance = mean(steps)
+        loss = (1 - self.mixing) * task + self.mixing * distance
         return loss, {**metrics, "divergence": distance, "last_divergence": steps[-1]}
 
 
@@ -70,15 +73,20 @@ def deep_supervision(
 ) -> Loss:
     """The network's own loss, mixed with the distance to a float model after every step.
 
-    loss = (1 - mixing) (loss_ce + loss_act + loss_gate)
+    loss = (1 - mixing) (sum_t w_t max(CE_t, CE_t of the teacher) / sum_t w_t + loss_gate)
            + mixing sum_t w_t T^2 KL(teacher_t || student_t) / sum_t w_t
+
+    The maximum asks the student for its task as far as the float model does it, and no further:
+    it is to become what that model is in fewer bits, not to learn on. (Without it a network that
+    was not trained for this text learns the text and forgets its teacher.)
 
     Args:
       config: weights w of the steps, and switches; build the model that is trained from
         `attached`, or the distance after the last steps trains no weight of the backbone.
       teacher, teacher_params: the float network; no gradient reaches it.
       temperature: T of both distributions.
-      mixing: 0 for the network's own loss, bit for bit; 1 for the teacher alone.
+      mixing: 0 for the network's own ``loss``, bit for bit, without a teacher; 1 for the teacher
+        alone.
 
     Returns:
       A loss for `fit` over windows (batch, length + 1), of which the last token is not used.

@@ -83,6 +83,9 @@ def _lines(file: Path, text: str) -> list[str]:
     return found
 
 
+BYTES = 256
+
+
 def byte_tokenizer() -> tokenizers.Tokenizer:
     """A tokenizer whose tokens are the 256 bytes, for models that read those.
 

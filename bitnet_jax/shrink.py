@@ -1,0 +1,173 @@
+"""Any weights, of a network we know or not: plan, convert, pack, reload, verify leaf by leaf."""
+
+import dataclasses
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from . import checkpoint, report
+from .convert import dequantise, pack, path_name, ternarise
+from .convert import report as table_of
+from .errors import BitnetError
+from .half import exact_in_half
+from .leaf import is_quantized
+from .models.folder import ModelFolder, save_model
+from .policy import Policy
+from .quantize import Scheme
+
+Tree = Any
+
+
+def float32_bytes(tree: Tree) -> int:
+    """What the numbers of a tree take at 4 bytes each: its float32 safetensors without the header.
+
+    >>> float32_bytes({"up": {"kernel": jnp.ones((4, 4), "bfloat16")}})
+    64
+    """
+    return 4 * sum(x.size for x in jax.tree.leaves(tree))
+
+
+def run(
+    source: Tree | ModelFolder,
+    out: Path,
+    policy: Policy,
+    scheme: Scheme,
+    console: Console | None = None,
+) -> dict:
+    """Convert by the rule, pack, reload and compare every leaf; nothing is trained.
+
+    Args:
+      source: float variables of any network; or a model folder, which is saved as one.
+      out: an existing folder; gets ``packed/``, ``report.json`` and ``report.txt``.
+      policy: what becomes of each leaf.
+      scheme: of the ternary ones.
+      console: where progress is shown; None for silence.
+
+    Returns:
+      ``bytes_on_disk`` (``float32``: 4 bytes a number; ``packed``: the folder, everything counted),
+      ``ratio_on_disk``, ``packed_equals_memory``, ``conversion`` as in `bitnet_jax.report`,
+      ``errors`` (path to |W - codes scale|^2 / |W|^2), ``seconds``.
+
+    Raises:
+      BitnetError: for NaN or infinite weights, or if what is reloaded is not what was packed.
+    """
+    screen, began = console or Console(quiet=True), time.perf_counter()
+    params = source.params if isinstance(source, ModelFolder) else source
+    with screen.status("converting", spinner="line"):
+        tree = exact_in_half(ternarise(params, policy, scheme), params)
+        errors = _errors(params, tree)
+        tree = jax.block_until_ready(pack(tree))
+    converted = time.perf_counter()
+    folder = out / "packed"
+    if isinstance(source, ModelFolder):
+        save_model(folder, dataclasses.replace(source, scheme=scheme, params=tree))
+    else:
+        metadata = {"scheme": dataclasses.asdict(scheme), "policy": list(policy.rules)}
+        checkpoint.save(folder, tree, metadata)
+    verify(tree, checkpoint.load(folder).tree, folder)
+    size, before = checkpoint.size_on_disk(folder), float32_bytes(params)
+    result = {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "scheme": dataclasses.asdict(scheme),
+        "bytes_on_disk": {"float32": before, "packed": size},
+        "ratio_on_disk": before / size,
+        "packed_equals_memory": True,
+        "conversion": table_of(params, tree, policy).as_dict(),
+        "errors": errors,
+        "seconds": {
+            "conversion": round(converted - began, 2),
+            "job": round(time.perf_counter() - began, 2),
+        },
+    }
+    _write(out, result)
+    return result
+
+
+def _errors(params: Tree, tree: Tree) -> dict[str, float]:
+    """|W - codes scale|^2 / |W|^2 of every quantised leaf."""
+    names = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+    leaves = zip(
+        names,
+        jax.tree.leaves(params),
+        jax.tree.leaves(dequantise(tree)),
+        jax.tree.leaves(tree, is_leaf=is_quantized),
+    )
+    return {n: float(_noise(x, y)) for n, x, y, leaf in leaves if is_quantized(leaf)}
+
+
+@jax.jit
+def _noise(x: jax.Array, y: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return jnp.sum((x - y) ** 2) / jnp.maximum(jnp.sum(x**2), jnp.finfo(jnp.float32).tiny)
+
+
+def verify(tree: Tree, reloaded: Tree, folder: Path) -> None:
+    """Raise `BitnetError` naming the first leaf that is not, bit for bit, what was saved."""
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized),
+        jax.tree.leaves(reloaded, is_leaf=is_quantized),
+        strict=True,
+    )
+    for (path, a), b in pairs:
+        arrays = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        same = jax.tree.structure(a) == jax.tree.structure(b)
+        if not same or not all(checkpoint.crc32(x) == checkpoint.crc32(y) for x, y in arrays):
+            raise BitnetError(f"{folder}: {path_name(path)} reloaded is not what was packed")
+
+
+def summary(result: dict) -> list[str]:
+    """The sentences a reader takes away."""
+    disk, leaves = result["bytes_on_disk"], result["conversion"]["leaves"]
+    worst = max(result["errors"].items(), key=lambda x: x[1], default=None)
+    most = f" The largest error is {worst[0]}'s, {100 * worst[1]:.1f} %." if worst else ""
+    return [
+        f"Size on disk: {disk['float32']:,} (float32) -> {disk['packed']:,} bytes, "
+        f"{result['ratio_on_disk']:.2f}x smaller, everything counted.",
+        f"{len(leaves)} leaves reloaded and compared, all equal bit for bit.",
+        f"Error of a leaf: |W - codes scale|^2 / |W|^2.{most} Nothing was run or trained: "
+        "what this costs in quality only text can tell (--data).",
+    ]
+
+
+def table(result: dict) -> Table:
+    """Components with their formats, bytes and errors."""
+    found = Table(title="Packed", title_justify="left", box=rich.box.SIMPLE)
+    for name, justify in (("component", "left"), ("format", "left")):
+        found.add_column(name, justify=justify)  # pyright: ignore[reportArgumentType]
+    for name in ("leaves", "bytes", "packed", "ratio", "error %"):
+        found.add_column(name, justify="right")
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for x in result["conversion"]["leaves"]:
+        groups.setdefault((report.component(x["path"]), x["format"]), []).append(x)
+    for (name, format), leaves in groups.items():
+        before, after = (sum(x[k] for x in leaves) for k in ("bytes_before", "bytes_after"))
+        errors = [result["errors"][x["path"]] for x in leaves if x["path"] in result["errors"]]
+        mean = f"{100 * np.mean(errors):.2f}" if errors else ""
+        row = (f"{len(leaves)}", f"{before:,}", f"{after:,}", f"{before / max(after, 1):.2f}", mean)
+        found.add_row(name, format, *row)
+    return found
+
+
+def _write(out: Path, result: dict) -> None:
+    """``report.json`` and ``report.txt``, the text with every leaf."""
+
+    console = Console(width=110, file=io.StringIO())
+    for line in summary(result):
+        console.print(line, highlight=False)
+    console.print(table(result))
+    console.print(report.leaf_table(result["conversion"]["leaves"]))
+    try:
+        (out / "report.json").write_text(json.dumps(result, indent=2) + "\n")
+        text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+        (out / "report.txt").write_text(text)
+    except OSError as e:
+        raise BitnetError(f"{out}: the report cannot be written ({e.strerror})") from e
