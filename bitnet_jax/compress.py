@@ -284,8 +284,8 @@ def load_weights(
     return imported.tree
 
 
-# What a folder holds besides arrays and tokenizer: Orbax's files, and the manifest's line a leaf.
-_FOLDER_BYTES, _LEAF_BYTES = 16_000, 450
+# What Orbax's metadata and our manifest take for each array (780 to 860 measured), and besides.
+_ARRAY_BYTES, _FOLDER_BYTES = 1000, 2000
 
 
 def plan_for(
@@ -317,7 +317,8 @@ def plan_for(
         params, formats = source.params, ("ternary", "int4", "int8")
         overhead += len(source.tokenizer.to_str().encode())
         fixed = _PHASE3_RULES if isinstance(source.config, Phase3Config) else ()
-    overhead += _LEAF_BYTES * len(jax.tree.leaves(params))
+    leaves = jax.tree.leaves(params)
+    overhead += _ARRAY_BYTES * (len(leaves) + sum(x.ndim > 1 for x in leaves))
     found = planning.plan(
         params, target_ratio, scheme,
         fixed=fixed, inputs=policy.inputs, formats=formats, overhead=overhead, damage=damage,

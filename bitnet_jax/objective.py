@@ -41,6 +41,13 @@ class Objective:
     agreement: bool = False
 
 
+def evaluator(source: ModelFolder) -> Judge:
+    """What measures this model by itself: the next token, or a Phase 3 network's own loss."""
+    if isinstance(source.config, Phase3Config):
+        return functools.partial(recursion.evaluate, source.config)
+    return evaluate.evaluate
+
+
 def objective_of(source: ModelFolder, student: ModelFolder | None = None) -> Objective:
     """The objective of a float model, and of a student of the same family that is made from it.
 

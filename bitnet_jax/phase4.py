@@ -425,7 +425,7 @@ def _accuracy_loss(scores: dict[str, dict]) -> dict:
     """1 - accuracy of the packed model over that of a float one, for both yardsticks."""
     accuracy = {k: v["accuracy"] for k, v in scores.items()}
     # A model that was done learning loses a little when it is continued: the better one counts.
-    name = max(("float_continued", "float"), key=lambda k: accuracy.get(k, 0.0))
+    name = max(("float", "float_continued"), key=lambda k: accuracy.get(k, 0.0))
     lost = lambda kept, of: 1 - accuracy[kept] / accuracy[of] if accuracy[of] else 0.0
     return {
         "yardstick": name,

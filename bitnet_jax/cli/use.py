@@ -40,8 +40,8 @@ class Eval:
 
     def __call__(self, console: Console) -> dict:
         from .. import compress
+        from ..objective import evaluator
         from ..train.agreement import agreement
-        from ..train.evaluate import evaluate
 
         for name in ("batch", "length"):
             if getattr(self, name) < 1:
@@ -49,6 +49,7 @@ class Eval:
         with console.status("measuring", spinner="line"):
             source = compress.load_source(self.model, self.module, self.tokenizer)
             text = compress.load_text(self.data, source, self.length).held_out
+            evaluate = evaluator(source)
             result: dict = {"model": str(self.model)}
             result |= evaluate(source.model, source.params, text, self.batch)
             if self.against is not None:
@@ -111,6 +112,7 @@ class Generate:
 
         from .. import compress
         from ..models.generate import Sampling, stream
+        from ..models.phase3 import Phase3Config
 
         try:
             how = Sampling(self.temperature, self.top_k, self.top_p)
@@ -120,6 +122,11 @@ class Generate:
             raise BitnetError(f"--tokens {self.tokens}: must be 1 or more")
         source = compress.load_source(self.model, self.module, self.tokenizer)
         ids = source.tokenizer.encode(self.prompt).ids
+        if isinstance(source.config, Phase3Config):
+            raise BitnetError(
+                f"{self.model}: a Phase 3 network looks both ways, so it cannot continue a text; "
+                "`bitnet-jax eval` measures it"
+            )
         steps = compress.room(source, len(ids), self.tokens)
         tokens, key = jnp.asarray([ids], jnp.int32), jax.random.key(self.seed)
         print(self.prompt, end="", flush=True)
