@@ -249,7 +249,7 @@ class TRMTitansMAGModel(nn.Module):
                 x.zero_()
 
     def forward(self, input_ids, memory_state=None, mask=None, labels=None, all_steps=False):
-        """A dict of results; `all_logits` hold only the last step's without `all_steps` or `labels`.
+        """A dict of results; with neither `labels` nor `all_steps`, the last step's logits only.
 
         Without `memory_state` memory starts from the buffer. Halting stops nothing.
         """
@@ -257,10 +257,8 @@ class TRMTitansMAGModel(nn.Module):
         features, loss_gate, memory_state = self.backbone(input_ids, memory_state, mask)
         all_y, all_z = self.trm(features)
         halt_probs = [self.act_head(z) for z in all_z]
-        halted = (
-            torch.stack([*halt_probs, torch.full_like(halt_probs[0], torch.inf)]) > c.halt_threshold
-        )
-        halting_steps = (halted.int().argmax(0) + 1).clamp(max=len(all_z))
+        halted = torch.stack(halt_probs) > c.halt_threshold
+        halting_steps = torch.where(halted.any(0), halted.int().argmax(0) + 1, len(all_z))
         wanted = all_y if all_steps or labels is not None else all_y[-1:]
         all_logits = [self.lm_head(y) for y in wanted]
         out = {"logits": all_logits[-1], "all_logits": all_logits, "all_y": all_y, "all_z": all_z}
