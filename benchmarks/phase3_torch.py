@@ -10,6 +10,7 @@ passed in and returned, where the reference keeps it between calls; there is no 
 import collections
 import dataclasses
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -304,6 +305,9 @@ def save_pair(model: TRMTitansMAGModel, path: str | Path, metadata: dict | None 
 def main(batch: int = 8, length: int = 256, repeats: int = 5, threads: int = 0) -> float:
     """Median seconds of the production model's forward pass, and the parts' shares; printed.
 
+    Worth nothing on a busy machine: threads that wait for each other were seen to take 7 times as
+    long. The load is printed for that.
+
     Args:
       batch: sequences.
       length: tokens of each.
@@ -324,7 +328,7 @@ def main(batch: int = 8, length: int = 256, repeats: int = 5, threads: int = 0) 
 
     with torch.inference_mode():
         timed()
-        seconds = statistics.median(timed() for _ in range(repeats))
+        passes, load = [timed() for _ in range(repeats)], os.getloadavg()[0]
         for module, name in parts.items():  # no part is inside another
             begin = lambda *_, name=name: spent.update({name: -now()})
             end = lambda *_, name=name: spent.update({name: now()})
@@ -332,7 +336,9 @@ def main(batch: int = 8, length: int = 256, repeats: int = 5, threads: int = 0) 
             module.register_forward_hook(end)
         whole = sum(timed() for _ in range(repeats))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, ", end="")
-    print(f"{batch} x {length} tokens: {seconds:.3f} s")
+    seconds = statistics.median(passes)
+    print(f"{batch} x {length} tokens: median {seconds:.3f} s, ", end="")
+    print(f"{min(passes):.3f} to {max(passes):.3f}; load {load:.1f} on {os.cpu_count()} cores")
     shares = {name: x / whole for name, x in spent.items()}
     shares["rest"] = 1 - sum(shares.values())
     print(", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
