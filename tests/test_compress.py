@@ -213,15 +213,15 @@ class Killed(BaseException):
 def test_an_interrupted_job_is_resumed_to_the_same_end(home, capsys, monkeypatch):
     arguments = ["compress", "decoder", *SHORT, "--accumulate", "2", "--epochs", "2"]
     assert cli.main([*arguments, "--out", "whole"]) == 0
-    evaluate, calls = loop.evaluate, []
+    judged, calls = loop._judge, []
 
     def dies(*more):
         calls.append(1)
         if len(calls) == 3:  # after the first epoch of the second training
             raise Killed
-        return evaluate(*more)
+        return judged(*more)
 
-    monkeypatch.setattr(loop, "evaluate", dies)
+    monkeypatch.setattr(loop, "_judge", dies)
     with pytest.raises(Killed):
         cli.main([*arguments, "--out", "parts"])
     monkeypatch.undo()

@@ -68,6 +68,9 @@ def test_the_script_for_a_gpu_runs_on_a_tiny_model(tmp_path, monkeypatch):
 
 
 def test_the_command_has_the_same_defaults():
+    """Or None, which leaves a setting to the family of the model (`compress.defaults`)."""
+    left = {"learning_rate", "distill", "teacher"}
     for field in dataclasses.fields(phase4.Settings):
         if field.name not in ("scheme", "policy") and hasattr(Compress, field.name):
-            assert getattr(Compress, field.name) == field.default, field.name
+            wanted = None if field.name in left else field.default
+            assert getattr(Compress, field.name) == wanted, field.name

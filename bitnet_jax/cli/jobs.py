@@ -110,7 +110,7 @@ class Compress:
     """AdamW, or Muon for the matrices and AdamW for the rest."""
     learning_rate: float | None = None
     """Peak, decays to zero; 2e-3, for Phase 3 5e-4."""
-    compare: bool | None = None
+    compare: bool = True
     """Also continue the float model on the same text, the honest yardstick; not for Phase 3."""
     architecture: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
     """Of a Phase 3 checkpoint whose own JSON does not tell its network's shape."""
@@ -150,6 +150,8 @@ class Compress:
         same = {f.name for f in dataclasses.fields(phase4.Settings)} - {"scheme", "policy"}
         given = {k: v for k, v in vars(self).items() if k in same and v is not None}
         family = compress.defaults(source)
+        if self.compare and "compare" in family:
+            del given["compare"]
         settings = phase4.Settings(
             **{**family, **given},
             scheme=self._scheme("twn" if family else "absmean"),

@@ -89,7 +89,7 @@ def nucleus(logits: jax.Array, top_p: float = 0.9) -> jax.Array:
       logits: (..., vocab).
       top_p: in 0..1.
 
-    >>> nucleus(jnp.log(jnp.array([0.5, 0.3, 0.2])), 0.85).round(3).tolist()
+    >>> [round(p, 3) for p in nucleus(jnp.log(jnp.array([0.5, 0.3, 0.2])), 0.85).tolist()]
     [0.625, 0.375, 0.0]
     """
     p = jax.nn.softmax(logits.astype(jnp.float32))
