@@ -465,16 +465,10 @@ def run(
         source, text.train, text.held_out, out, settings, text.prompt, console, sinks=sinks
     )
     if isinstance(source.config, Phase3Config):
-        kept = _trained(out) if latent and settings.epochs else None
+        trained = latent and result["packed_is"] != "converted"
+        kept = checkpoint.load(out / "latent" / result["packed_is"]).tree if trained else None
         hand_on(out, settings.policy, origin, kept, result["scores"])
     return result
-
-
-def _trained(out: Path) -> Any:
-    """The latent weights a job packed: the best of a training that stopped early, or the last."""
-    best = checkpoint.exists(out / "latent" / "best")
-    stopped = best and "stopped" in (out / "report.json").read_text()
-    return checkpoint.load(out / "latent" / ("best" if stopped else "last")).tree
 
 
 def hand_on(

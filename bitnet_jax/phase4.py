@@ -275,11 +275,17 @@ def run(
         params = rounded(fitted.params) if ternary else fitted.params
         with busy("measuring"):
             scores[name] = measure(ternary_model if ternary else float_model, params)
+    chosen = tuned
+    away = lambda: scores["fine_tuned"]["kl"] > scores["converted"]["kl"]
+    if objective.agreement and tuned.steps and away():
+        # Nothing is gained from a training that leads away from the model to agree with.
+        say("[yellow]fine-tuning led away from the float model: what was converted is packed[/]")
+        chosen = Fit(unpack(first.tree), [], 0.0)
 
     say("[bold]4 pack, reload, verify[/]")
     with busy("packing and measuring"):
         conversion, reloaded, same = _pack(
-            source, student, tuned.params, held_out, out, settings, exact=objective.agreement
+            source, student, chosen.params, held_out, out, settings, exact=objective.agreement
         )
         scores["packed"] = measure(reloaded.model, reloaded.params)
 
@@ -296,6 +302,7 @@ def run(
         "scores": scores,
         **_accuracy_loss(scores),
         **({"disagreement": 1 - scores["packed"]["top1"]} if objective.agreement else {}),
+        "packed_is": _origin(chosen),
         "packed_equals_memory": same,
         **_sizes(out),
         "conversion": conversion.as_dict(),
@@ -303,7 +310,7 @@ def run(
         "seconds": _seconds(started, tuned, continued),
     }
     curves = (history or []) + tuned.history + (continued.history if continued else [])
-    report.write(out, result, curves, tuned.params, reloaded.params)
+    report.write(out, result, curves, chosen.params, reloaded.params)
     shutil.rmtree(out / RESUME, ignore_errors=True)
     return result
 
@@ -337,6 +344,13 @@ def _pack(
     if not (same := _same_logits(ternary, reloaded, held_out)):
         raise BitnetError(f"{out / 'packed'}: reloaded, it gives other logits than in memory")
     return table_of(latent, tree, settings.policy), reloaded, same
+
+
+def _origin(chosen: Fit) -> str:
+    """Which weights were packed: as converted, or of the training's last or best epoch."""
+    if not chosen.steps:
+        return "converted"
+    return "best" if chosen.stopped else "last"
 
 
 def _seconds(started: float, tuned: Fit, continued: Fit | None) -> dict[str, float]:

@@ -11,6 +11,7 @@ Keys of ``report.json``, stable from one version to the next (shares are in 0..1
 | ``bytes_on_disk`` | ``float32`` and ``packed``, the two terms of that ratio |
 | ``scores`` | for ``float``, ``rounded`` (ternary by the rule alone, where the conversion looked at data), ``converted``, ``float_continued``, ``fine_tuned``, ``packed``: ``loss`` (nats a token), ``perplexity``, ``accuracy``, ``tokens`` |
 | ``disagreement`` | of a Phase 3 network, which looks both ways: 1 - ``top1`` of the packed model. Its scores have ``top1`` and ``kl`` besides (how far it says what the float model says), and ``loss`` and ``accuracy`` are of its own loss: every position asked for its own token |
+| ``packed_is`` | which weights were packed: ``last`` or ``best`` of the fine-tuning's epochs (the files in ``latent/``), or ``converted``: without fine-tuning, or because it led a Phase 3 network away from the float model |
 | ``packed_equals_memory`` | the model reloaded from disk gives the same logits as in memory, bit for bit |
 | ``conversion`` | ``bytes_before``, ``bytes_after`` (arrays), ``codes`` (how many are -1, 0, +1), ``unmatched`` (matrices no rule fits), ``leaves`` |
 | ``parameters``, ``alternatives`` | how many weights; for fewer than 5 million what ``int8`` and ``int4`` cost untrained: ``loss``, ``accuracy``, ``ratio`` (bytes of arrays) |

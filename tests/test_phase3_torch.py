@@ -8,9 +8,13 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+
+from bitnet_jax.interop import phase3
+from bitnet_jax.interop.phase3_keys import state_dict
 
 if os.environ.get("BITNET_TEST_TORCH"):
     import torch
@@ -226,6 +230,50 @@ def test_other_configurations():
     out = model(ids[:, :8], labels=ids[:, :8])
     assert len(out["step_losses"]) == 2 and out["halting_steps"].tolist() == [2]
     assert_array_equal(model(ids)["logits"].detach(), out["logits"].detach())
+
+
+OTHERS = {
+    "wide window, slow memory": {"sw_window": 40, "memory_decay": 0.999, "T_max": 2},
+    "window of one, fast memory": {"sw_window": 1, "memory_decay": 0.5, "n_heads": 4},
+    "five steps": {"T_max": 5, "micro_steps": 1, "step_weights": (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)},
+    "three layers, other widths": {"n_layers": 3, "d_model": 48, "n_heads": 3, "d_ff": 56},
+    "gradients through all steps": {"T_max": 2, "detach_between_steps": False},
+}
+
+
+@pytest.mark.parametrize("changes", OTHERS.values(), ids=list(OTHERS))
+def test_our_network_on_other_configurations(changes, tmp_path):
+    """Ours on the pair that PyTorch wrote: every output, the losses, and all gradients."""
+    steps = {"step_weights": (0.5, 0.75, 1.0)} if changes.get("T_max") == 2 else {}
+    config = peer.Config(**SMALLEST | {"max_seq_len": 40, "halt_threshold": 0.5} | steps | changes)
+    model = peer.TRMTitansMAGModel(config, seed=3).eval()
+    with torch.no_grad():  # weights that say something
+        for x in model.backbone.parameters():
+            x.mul_(8 if x.ndim == 2 else 1)
+        model.backbone.ltm.memory_state.normal_()
+    peer.save_pair(model, tmp_path / "model")
+    module, variables = phase3.load(tmp_path / "model")
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (3, 29))
+    wanted = model(torch.from_numpy(ids), labels=torch.from_numpy(ids))
+    wanted["loss"].backward()
+
+    def loss(params):
+        tree = {**variables, "params": params}
+        found = module.apply(tree, ids, labels=ids, return_all_steps=True)
+        return found["loss"], found
+
+    slope, found = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+    spread = float(wanted["logits"].detach().std())
+    for name in wanted:
+        a = wanted[name]
+        a = torch.stack(a) if isinstance(a, list) else a
+        a = a.detach().numpy()
+        np.testing.assert_allclose(found[name], a, rtol=0, atol=LIMIT * spread, err_msg=name)
+    slope = state_dict({"params": slope})
+    for name, x in model.named_parameters():
+        g = np.zeros(x.shape) if x.grad is None else x.grad.numpy()
+        limit = LIMIT * max(abs(g).max(), 1e-3)
+        np.testing.assert_allclose(slope[name], g, rtol=0, atol=limit, err_msg=name)
 
 
 def test_the_initialisation_is_the_references():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -124,6 +125,7 @@ def fit(
     loss, params = as_pytree(loss), recipes.begin(recipe, params)
     run, save = begin(params, optimizer, plan.total, log), Keeper(resume, save_every)
     run = save.open(run, lambda: _mark(plan, step, run, loss, data, held_out), log)
+    run.params, run.opt_state = _committed((run.params, run.opt_state))
     record = _recorder(plan, run, ([] if log is None else [jsonl(log)]) + list(sinks))
     began = time.perf_counter() - run.seconds
     with bar(console, stage, plan.total, run.step) as show:
@@ -141,6 +143,14 @@ def fit(
             if run.finished:
                 break
     return Fit(run.params, run.history, run.seconds, run.step, run.stopped)
+
+
+def _committed(tree: Tree) -> Tree:
+    """The same arrays, bound to their devices as a step's results are.
+
+    Otherwise the second step, whose arguments are the first one's results, compiles once more.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, jnp.asarray(x).sharding), tree)
 
 
 def _check(stage: str, accumulate: int, patience: int | None, held_out: Any) -> None:
