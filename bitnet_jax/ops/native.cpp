@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <string_view>
 #include <type_traits>
 #include <vector>
@@ -22,6 +23,7 @@
 #include "xla/ffi/api/ffi.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -32,7 +34,7 @@
 
 namespace ffi = xla::ffi;
 
-constexpr int FEW = 12;   // up to so many rows the codes are read directly, above by tables
+constexpr int FEW = 16;   // up to so many rows the codes are read directly, above by tables
 constexpr int MANY = 32;  // rows that share a table
 
 // ---- Variants ------------------------------------------------------------------------------------
@@ -69,11 +71,14 @@ namespace avx2 {
 #define VECTOR 32
 #define GROUP 2
 #define AT_ONCE 2
+#define WIDEN(piece) (Wide)_mm256_cvtepi16_epi32((__m128i)(piece))
 #define DOT return sums + (Sums)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
 #include "native_kernels.h"
 }  // namespace avx2
 END
 
+#if __GNUC__ >= 11 || __clang_major__ >= 12
+#define HAS_AVXVNNI
 BEGIN("avx2,avxvnni")
 namespace avxvnni {
 #define VECTOR 32
@@ -83,6 +88,7 @@ namespace avxvnni {
 #include "native_kernels.h"
 }  // namespace avxvnni
 END
+#endif
 
 BEGIN("avx512f,avx512bw,avx512vl,avx512vnni")
 namespace avx512vnni {
@@ -123,8 +129,13 @@ static const Variant kVariants[] = {  // the best first
      [] { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl"); },
      avx512vnni::few, avx512vnni::many},
-    {"avxvnni", [] { return bool(__builtin_cpu_supports("avxvnni")); }, avxvnni::few,
-     avxvnni::many},
+#if defined(HAS_AVXVNNI)
+    {"avxvnni",
+     [] { unsigned a, b, c, d;  // older compilers do not know it by name
+          return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
+                 (a >> 4 & 1); },
+     avxvnni::few, avxvnni::many},
+#endif
     {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, avx2::few, avx2::many},
 #elif defined(__aarch64__) && defined(__linux__)
     {"dotprod", [] { return bool(getauxval(AT_HWCAP) & HWCAP_ASIMDDP); }, dotprod::few,

@@ -19,11 +19,11 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "native_kernels.h"))
@@ -58,7 +58,7 @@ def _cache() -> Path:
 def _library_file(command: list[str]) -> Path:
     """Everything that decides what the library holds is in its name, so none is ever stale."""
     include = Path(jax.ffi.include_dir())
-    key = hashlib.sha256(" ".join((*command, jaxlib.__version__, platform.machine())).encode())
+    key = hashlib.sha256(" ".join((*command, version("jaxlib"), platform.machine())).encode())
     for file in (*_SOURCES, include / "xla" / "ffi" / "api" / "c_api.h"):
         key.update(file.read_bytes())
     return _cache() / f"native-{key.hexdigest()[:20]}.so"
@@ -79,9 +79,8 @@ def _compile(command: list[str], file: Path) -> None:
         os.replace(made, file)
 
 
-def _trusted(library: ctypes.CDLL) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _trusted(library) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(variants that are right on this CPU, variants that run here and are wrong)."""
-    library.bitnet_variant.restype = ctypes.c_char_p
     names, right, wrong = [], [], []
     while name := library.bitnet_variant(len(names)):
         names.append(name)
@@ -94,11 +93,13 @@ def _trusted(library: ctypes.CDLL) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _open() -> _Library:
     if os.environ.get("BITNET_JAX_NATIVE") == "0":
         raise _Unavailable("no native op: BITNET_JAX_NATIVE=0 switches it off")
-    command = [*_compiler(), *_FLAGS, f"-I{jax.ffi.include_dir()}"]
+    compiler, *own = _compiler()  # $CXX may bring flags; they come last, to win
+    command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *own]
     file = _library_file(command)
     if not file.exists():
         _compile(command, file)
     library = ctypes.CDLL(str(file))
+    library.bitnet_variant.restype = ctypes.c_char_p
     right, wrong = _trusted(library)
     dropped = f"; left out, because its sums were wrong here: {', '.join(wrong)}" if wrong else ""
     if not right:
@@ -144,7 +145,7 @@ def packed_product(
     *,
     isa: str | None = None,
 ) -> jax.Array:
-    """int8 activations times packed ternary codes, on the CPU, in C++; see `ops.xla.packed_product`.
+    """int8 activations times packed ternary codes, on the CPU, in C++; see `xla.packed_product`.
 
     out[b, m, n] = sum over k of x[b, m, k] * code[b, k, n]
 

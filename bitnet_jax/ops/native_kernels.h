@@ -13,6 +13,9 @@
 // are other outputs, but a dot instruction adds up neighbours, so it wants the inputs of one output
 // there. GROUP packed rows are therefore interleaved, in registers, one instruction a vector.
 
+#ifndef WIDEN
+#define WIDEN(piece) __builtin_convertvector(piece, Wide)
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 typedef uint8_t Bytes __attribute__((vector_size(VECTOR)));
@@ -87,17 +90,22 @@ INLINE void step(const uint8_t* const* row, int64_t column, int64_t ahead,
     interleave(row + g * GROUP, column, part);
     if (VECTOR == 64 || column % 64 == 0)  // once a cache line
       for (int i = 0; i < GROUP; i++) __builtin_prefetch(row[g * GROUP + i] + ahead);
-#pragma GCC unroll 8
-    for (int q = 0; q < GROUP; q++) {
 #pragma GCC unroll 2
-      for (int j = 0; j < 4; j += 2) {
-        Bytes one = part[q] & 3, four = part[q] & 12;
+    for (int j = 0; j < 4; j += 2) {
+      Bytes one[GROUP], four[GROUP];
+#pragma GCC unroll 8
+      for (int q = 0; q < GROUP; q++) {
+        one[q] = part[q] & 3, four[q] = part[q] & 12;
         // What the 16-bit shift moves across bytes stays above bit 3, where the masks drop it.
         part[q] = (Bytes)((Shorts)part[q] >> 4);
+      }
 #pragma GCC unroll 2
-        for (int m = 0; m < M; m++) {
-          ones[m][q] = dot(ones[m][q], one, (Bytes)x[m][g][j]);
-          fours[m][q] = dot(fours[m][q], four, (Bytes)x[m][g][j + 1]);
+      for (int m = 0; m < M; m++) {
+        const Bytes x1 = (Bytes)x[m][g][j], x4 = (Bytes)x[m][g][j + 1];
+#pragma GCC unroll 8
+        for (int q = 0; q < GROUP; q++) {
+          ones[m][q] = dot(ones[m][q], one[q], x1);
+          fours[m][q] = dot(fours[m][q], four[q], x4);
         }
       }
     }
@@ -113,7 +121,7 @@ INLINE void step(const uint8_t* const* row, int64_t column, int64_t ahead,
     for (int i = 0; i < VECTOR / PIECE; i++) {
       Piece piece = load<Piece>(&sums[i % GROUP][i / GROUP * PIECE]);
       int32_t* at = out + m * stride + i * PIECE;
-      store(at, load<Wide>(at) + __builtin_convertvector(piece, Wide));
+      store(at, load<Wide>(at) + WIDEN(piece));
     }
   }
 }
@@ -134,17 +142,20 @@ static void last_step(const uint8_t* const* row, int64_t column, int64_t columns
     for (int64_t i = 0; i < columns; i++) out[m * stride + i] += sums[m][i];
 }
 
-// Bring x to the order of the dots: [row][group][input of a byte] words, 0 where inputs end; and
-// start the sums at -(sum of x), because the codes are stored one too large.
-static void arrange(const int8_t* x, int64_t rows, int64_t k, int64_t groups, int64_t columns,
+// Bring x to the order of the dots: [row][block][group][input of a byte] words, 0 where inputs end;
+// and start the sums at -(sum of x), because the codes are stored one too large.
+static void arrange(const int8_t* x, int64_t rows, int64_t k, int64_t blocks, int64_t columns,
                     Word* words, int32_t* out, int64_t stride) {
   int8_t* to = (int8_t*)words;
   for (int64_t m = 0; m < rows; m++, x += k) {
-    int32_t total = 0;
-    for (int64_t input = 0; input < groups * GROUP * 4; input += GROUP * 4)
-      for (int j = 0; j < 4; j++)
-        for (int64_t i = input + j; i < input + GROUP * 4; i += 4) total += *to++ = i < k ? x[i] : 0;
-    std::fill_n(out + m * stride, columns, -total);
+    for (int64_t block = 0; block < blocks; block++)
+      for (int g = 0; g < GROUPS; g++)
+        for (int j = 0; j < 4; j++)
+          for (int i = 0; i < GROUP; i++) {
+            int64_t input = 4 * ((g * GROUP + i) * blocks + block) + j;
+            *to++ = input < k ? x[input] : 0;
+          }
+    std::fill_n(out + m * stride, columns, -std::accumulate(x, x + k, int32_t(0)));
   }
 }
 
@@ -154,20 +165,20 @@ static void few(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, 
   const int64_t packed = (k + 3) / 4, blocks = (packed + STREAMS - 1) / STREAMS;
   static thread_local std::vector<Word> words;
   words.resize(rows * blocks * GROUPS * 4);
-  arrange(x, rows, k, blocks * GROUPS, columns, words.data(), out, n);
+  arrange(x, rows, k, blocks, columns, words.data(), out, n);
   Words spread[FEW][GROUPS][4];
   for (int64_t block = 0; block < blocks; block++) {
     const uint8_t* row[STREAMS];  // past the end any row will do: its x are 0
     for (int i = 0; i < STREAMS; i++)
-      row[i] = codes + std::min(block * STREAMS + i, packed - 1) * n;
+      row[i] = codes + std::min(i * blocks + block, packed - 1) * n;
     for (int64_t m = 0; m < rows; m++)
       for (int g = 0; g < GROUPS; g++)
         for (int j = 0; j < 4; j++)
           spread[m][g][j] = Words{} + words[((m * blocks + block) * GROUPS + g) * 4 + j];
     int64_t c = 0;
     for (; c + VECTOR <= columns; c += VECTOR) {
-      // At the end of a strip the next reads are the next block's first.
-      int64_t ahead = c + AHEAD < columns ? c + AHEAD : c + AHEAD - columns + STREAMS * n, m = 0;
+      // At the end of a strip the stream goes on in its next row.
+      int64_t ahead = c + AHEAD < columns ? c + AHEAD : c + AHEAD - columns + n, m = 0;
       for (; m + AT_ONCE <= rows; m += AT_ONCE)
         step<AT_ONCE>(row, c, ahead, spread + m, out + m * n + c, n);
       for (; m < rows; m++) step<1>(row, c, ahead, spread + m, out + m * n + c, n);
@@ -203,13 +214,19 @@ static void indices(const uint8_t* codes, int64_t columns, uint8_t* index) {
 static void fill_tables(const int16_t (*x)[MANY], int16_t (*tables)[MANY]) {
   for (int t = 0; t < TABLES; t++, x += 4, tables += 81)
     for (int part = 0; part < MANY; part += PER_ROW) {
-      Shorts input[4], first[9];
-      for (int j = 0; j < 4; j++) input[j] = load<Shorts>(x[j] + part);
+      Shorts times[4][3], first[9], last[9];  // an input times -1, 0 and 1; pairs of them
+      for (int j = 0; j < 4; j++) {
+        times[j][2] = load<Shorts>(x[j] + part);
+        times[j][1] = Shorts{}, times[j][0] = -times[j][2];
+      }
+      for (int i = 0; i < 9; i++) {
+        first[i] = times[0][i % 3] + times[1][i / 3];
+        last[i] = times[2][i % 3] + times[3][i / 3];
+      }
+#pragma GCC unroll 9
       for (int i = 0; i < 9; i++)
-        first[i] = input[0] * (int16_t)(i % 3 - 1) + input[1] * (int16_t)(i / 3 - 1);
-      for (int i = 0; i < 81; i++)
-        store(tables[i] + part, first[i % 9] + input[2] * (int16_t)(i / 9 % 3 - 1) +
-                                    input[3] * (int16_t)(i / 27 - 1));
+#pragma GCC unroll 9
+        for (int j = 0; j < 9; j++) store(tables[9 * i + j] + part, last[i] + first[j]);
     }
 }
 
@@ -288,3 +305,4 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
 #undef GROUP
 #undef AT_ONCE
 #undef DOT
+#undef WIDEN
