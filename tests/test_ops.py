@@ -1,9 +1,11 @@
 """Every op for packed codes equals the int32 product, to the bit."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +149,18 @@ def test_one_index_for_each_of_a_batch(op):
 def test_wrong_width(op):
     with pytest.raises(ValueError, match="features"):
         op(jnp.zeros((1, 8), jnp.int8), jnp.zeros((2, 3), jnp.uint8), 7)
+
+
+def test_bit_planes_of_the_benchmark():
+    """The peer that `decode` is measured against computes the same."""
+    path = Path(__file__).parent.parent / "benchmarks" / "products.py"
+    spec = importlib.util.spec_from_file_location("products", path)
+    products = importlib.util.module_from_spec(spec)
+    sys.modules["products"] = products
+    spec.loader.exec_module(products)
+    x, codes = draw(15, 1, 64), draw(16, 64, 10, low=-1, high=2)
+    out = products.bit_planes(jnp.asarray(x), jnp.asarray(packed(codes)), 64)
+    np.testing.assert_array_equal(out, product(x, codes))
 
 
 @needs_native

@@ -70,7 +70,9 @@ INLINE void interleave(const uint8_t* const* row, int64_t column, Bytes* part) {
 
 // ---- Few rows: the codes are read once, at the speed of memory if the arithmetic keeps up --------
 
-// Eight packed rows are read side by side: eight streams keep more reads under way than one.
+// Eight packed rows are read side by side, an eighth of the matrix apart: eight streams, each from
+// its first byte to its last, which is what prefetchers follow. (Eight neighbouring rows, whose
+// streams break off at every row's end, took 0.35 ms for 4096 x 4096 from memory, these 0.27.)
 constexpr int STREAMS = 8;
 constexpr int GROUPS = STREAMS / GROUP;
 constexpr int64_t AHEAD = 512;  // columns; what was asked for so early has come when it is used
