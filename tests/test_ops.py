@@ -220,7 +220,7 @@ STATUS = "from bitnet_jax.ops import native; print(native.variants(), native.sta
 def start(tmp_path, code=STATUS, **env):
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", code],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)} | env,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path), "BITNET_JAX_NATIVE": "1"} | env,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
