@@ -218,9 +218,10 @@ STATUS = "from bitnet_jax.ops import native; print(native.variants(), native.sta
 
 
 def start(tmp_path, code=STATUS, **env):
+    own = {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path), "BITNET_JAX_NATIVE": "1"}
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", code],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path), "BITNET_JAX_NATIVE": "1"} | env,
+        env=os.environ | own | env,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
