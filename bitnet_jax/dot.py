@@ -9,21 +9,33 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .leaf import Acting, Packed, Prequantized, Product, Quantized, is_quantized, split
-from .ops import integer_product
+from .leaf import (
+    Acting,
+    Packed,
+    PackedTernary,
+    Prequantized,
+    Product,
+    Quantized,
+    is_quantized,
+    split,
+)
+from .ops import integer_product, packed_product
 from .packed import unpack_weight
 from .quantize import Scheme, grouped, matrix_values, quantize_activations, quantize_weights
 
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
 
-def accumulate(x: jax.Array, weight: Quantized, batch_dims: int = 0) -> jax.Array:
+def accumulate(
+    x: jax.Array, weight: Quantized | PackedTernary, batch_dims: int = 0, op: str | None = None
+) -> jax.Array:
     """The integer accumulators: int8 codes of the activations times codes of the weight.
 
     Args:
       x: int8 (*batch, *rows, in).
-      weight: codes (*batch, in, out).
+      weight: codes (*batch, in, out), or packed ternary ones, which are read as they are.
       batch_dims: number of leading axes the two share.
+      op: which op reads packed codes, see `bitnet_jax.ops`; None picks it.
 
     Returns:
       int32 (*batch, groups, *rows, out): one sum for each group of inputs that shares a scale.
@@ -33,13 +45,36 @@ def accumulate(x: jax.Array, weight: Quantized, batch_dims: int = 0) -> jax.Arra
     ...     group=2)).ravel().tolist()
     [2, 2, 2, 2]
     """
+    if isinstance(weight, PackedTernary):
+        if weight.group % 4 == 0:
+            return _packed_sums(x, weight, batch_dims, op)
+        weight = unpack_weight(weight)  # a byte whose codes have different scales
     if not weight.group:
         return jnp.expand_dims(integer_product(x, weight.codes, batch_dims), batch_dims)
     blocks, _ = grouped(weight.codes, weight.group)
-    groups, size = blocks.shape[-3:-1]
+    return integer_product(_by_group(x, *blocks.shape[-3:-1], batch_dims), blocks, batch_dims + 1)
+
+
+def _by_group(x: jax.Array, groups: int, size: int, batch_dims: int) -> jax.Array:
+    """(*batch, *rows, in) -> (*batch, groups, *rows, size), with zeros where inputs end."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * size - x.shape[-1])])
-    x = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, size), -2, batch_dims)
-    return integer_product(x, blocks, batch_dims + 1)
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], groups, size), -2, batch_dims)
+
+
+def _packed_sums(x: jax.Array, weight: PackedTernary, batch_dims: int, op: str | None):
+    """`accumulate` of packed codes whose groups, if any, are whole bytes."""
+    codes, size = weight.codes, weight.group or weight.in_features
+    groups = max(-(-weight.in_features // max(size, 1)), 1)
+    if weight.group:
+        # Missing rows of bytes may hold anything: the inputs that meet them are zeros.
+        pad = [(0, 0)] * (codes.ndim - 2) + [(0, groups * size // 4 - codes.shape[-2]), (0, 0)]
+        codes = jnp.pad(codes, pad)
+    x = _by_group(x, groups, size, batch_dims)
+    rows = x.shape[batch_dims + 1 : -1]
+    x = x.reshape(*x.shape[: batch_dims + 1], math.prod(rows), size)
+    codes = codes.reshape(*codes.shape[:-2], groups, codes.shape[-2] // groups, codes.shape[-1])
+    sums = packed_product(x, codes, size, op=op)
+    return sums.reshape(*sums.shape[:-2], *rows, sums.shape[-1])
 
 
 def _rows_like(scale: jax.Array, rows: int) -> jax.Array:
@@ -47,15 +82,15 @@ def _rows_like(scale: jax.Array, rows: int) -> jax.Array:
     return scale.reshape(*scale.shape[:-1], *(1,) * rows, scale.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _product(x, latent, weight, batch_dims, dtype, precision):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _product(x, latent, weight, batch_dims, dtype, precision, op):
     """x (*batch, *rows, in) times weight (*batch, in, out); ``latent`` only receives a gradient."""
-    return _product_fwd(x, latent, weight, batch_dims, dtype, precision)[0]
+    return _product_fwd(x, latent, weight, batch_dims, dtype, precision, op)[0]
 
 
-def _product_fwd(x, latent, weight, batch_dims, dtype, precision):
+def _product_fwd(x, latent, weight, batch_dims, dtype, precision, op):
     codes, scale = quantize_activations(x)
-    sums = accumulate(codes, weight, batch_dims).astype(jnp.float32)
+    sums = accumulate(codes, weight, batch_dims, op).astype(jnp.float32)
     # Scales come after the sum: the accumulators stay integers, equal on every path.
     rows = x.ndim - 1 - batch_dims
     out = (sums * _rows_like(weight.scale, rows)).sum(batch_dims) * scale
@@ -64,10 +99,11 @@ def _product_fwd(x, latent, weight, batch_dims, dtype, precision):
     return out.astype(dtype), (codes, scale, weight, trained)
 
 
-def _product_bwd(batch_dims, dtype, precision, residuals, g):
+def _product_bwd(batch_dims, dtype, precision, op, residuals, g):
     """dx = g @ q(w).T and dw = q(x).T @ g: the straight-through estimator on both sides."""
     codes, scale, weight, trained = residuals
     batch = tuple(range(batch_dims))
+    weight = unpack_weight(weight) if isinstance(weight, Packed) else weight
     qw = matrix_values(weight).astype(dtype)
     dims = (((g.ndim - 1,), (batch_dims + 1,)), (batch, batch))
     dx = lax.dot_general(g, qw, dims, precision=precision).astype(jnp.float32)
@@ -103,7 +139,10 @@ def _latent_matrix(w: jax.Array, contract: Sequence[int], batch: Sequence[int]):
 
 
 def _leaf_matrix(w: Quantized | Packed, contract: Sequence[int], batch: Sequence[int]):
-    """A quantised leaf already lies as (*batch, in, out): check it, unpack it, say out's axes."""
+    """A quantised leaf already lies as (*batch, in, out): check it, say out's axes.
+
+    It stays packed if an op reads its bytes as they are.
+    """
     stack = w.codes.ndim - 2
     inputs = tuple(range(stack, stack + max(len(w.in_shape), 1)))
     if tuple(batch) != tuple(range(stack)) or tuple(contract) != inputs:
@@ -112,7 +151,8 @@ def _leaf_matrix(w: Quantized | Packed, contract: Sequence[int], batch: Sequence
             f"before them as batch; got contract {tuple(contract)}, batch {tuple(batch)}"
         )
     out = split(w.codes.shape[-1], w.out_shape)
-    return (unpack_weight(w) if isinstance(w, Packed) else w), out
+    other = isinstance(w, Packed) and not isinstance(w, PackedTernary)
+    return (unpack_weight(w) if other else w), out
 
 
 def _weight_of(rhs: Any, scheme: Scheme, contract: Sequence[int], batch: Sequence[int]):
@@ -135,6 +175,7 @@ def dot_general(
     out_sharding=None,
     *,
     scheme: Scheme | None = Scheme(),
+    op: str | None = None,
 ) -> jax.Array:
     """`jax.lax.dot_general` with a ternary right-hand side and int8 activations.
 
@@ -157,6 +198,8 @@ def dot_general(
       out_sharding: as in `jax.lax.dot_general`, for meshes with explicit axes.
       scheme: how latent weights are quantised; None to leave them, and the activations that meet
         them, in float, as `jax.lax.dot_general` does. Quantised leaves carry their own.
+      op: which op multiplies packed ternary codes, a name out of `bitnet_jax.ops.OPS`; None picks
+        the one that suits. All give the same accumulators.
 
     Returns:
       (*batch, *lhs free axes, *rhs free axes). Differentiable in lhs, and in rhs when it is latent.
@@ -172,7 +215,7 @@ def dot_general(
     if isinstance(rhs, Acting):
         again = lambda scheme: lambda lhs, rhs: dot_general(
             lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding,
-            scheme=scheme,
+            scheme=scheme, op=op,
         )  # fmt: skip
         (contract, _), (batch, _) = dimension_numbers
         call = Product(again(scheme), again(None), tuple(contract), tuple(batch))
@@ -186,7 +229,7 @@ def dot_general(
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"lhs contracts {x.shape[-1]} features, rhs {weight.in_features}")
     dtype = jnp.dtype(preferred_element_type or lhs.dtype)
-    y = jnp.asarray(_product(x, latent, weight, len(lhs_batch), dtype, precision))
+    y = jnp.asarray(_product(x, latent, weight, len(lhs_batch), dtype, precision, op))
     y = y.reshape(*y.shape[:-1], *out) if len(out) != 1 else y
     return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 

@@ -1,3 +1,9 @@
-"""Compute kernels, one file a target. An op knows arrays, never models, layers or schemes."""
+"""Compute kernels, one file a target. An op knows arrays, never models, layers or schemes.
 
+The ops for packed codes share one signature and one result, to the bit; `packed_product` picks one.
+"""
+
+from .choose import OPS as OPS
+from .choose import choose as choose
+from .choose import packed_product as packed_product
 from .xla import integer_product as integer_product

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..packed import unpack_codes
+
 
 def integer_product(x: jax.Array, codes: jax.Array, batch_dims: int = 0) -> jax.Array:
     """int8 x int8 -> int32, the accumulator every other op must equal bit for bit.
@@ -32,3 +34,41 @@ def integer_product(x: jax.Array, codes: jax.Array, batch_dims: int = 0) -> jax.
     dims = (((x.ndim - 1,), (batch_dims,)), (batch, batch))
     out = lax.dot_general(x, codes, dims, preferred_element_type=jnp.int32)
     return lax.slice_in_dim(out, 0, 1, axis=out.ndim - 2) if lone else out
+
+
+def take_layer(codes: jax.Array, index: jax.Array | None) -> jax.Array:
+    """codes (*batch, layers, p, n) at index (*batch) -> (*batch, p, n); all of them for None.
+
+    >>> take_layer(jnp.arange(6, dtype=jnp.uint8).reshape(3, 1, 2), jnp.int32(1)).tolist()
+    [[2, 3]]
+    """
+    if index is None:
+        return codes
+    take = lambda codes, index: lax.dynamic_index_in_dim(codes, index, keepdims=False)
+    return jnp.vectorize(take, signature="(l,p,n),()->(p,n)")(codes, index)
+
+
+def packed_product(
+    x: jax.Array, codes: jax.Array, in_features: int, index: jax.Array | None = None
+) -> jax.Array:
+    """int8 activations times packed ternary codes, by unpacking them: the reference of the ops.
+
+    out[b, m, n] = sum over k of x[b, m, k] * code[b, k, n]
+
+    Args:
+      x: int8 (*batch, rows, k).
+      codes: uint8 (*batch, ceil(k / 4), n), as `bitnet_jax.packed.pack_codes` makes them; with an
+        index (*batch, layers, ceil(k / 4), n).
+      in_features: k.
+      index: int32 (*batch), which layer of codes to multiply by.
+
+    Returns:
+      int32 (*batch, rows, n). Batch axes broadcast.
+
+    >>> packed_product(jnp.full((1, 3), 2, jnp.int8), jnp.array([[170]], jnp.uint8), 3).tolist()
+    [[6]]
+    """
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x {x.shape} does not have {in_features} features")
+    unpacked = unpack_codes(take_layer(codes, index), in_features)
+    return jnp.vectorize(integer_product, signature="(m,k),(k,n)->(m,n)")(x, unpacked)

@@ -1,0 +1,281 @@
+"""The product of int8 activations and packed codes beside its peers, in one run, interleaved.
+
+    python -m benchmarks.products                                # one thread, CPU time
+    python -m benchmarks.products --threads 2 --only matmul      # wall time
+    pip install xllamacpp                                        # to have llama.cpp among the peers
+
+Weights rotate over copies of at least 512 MB (packed: 0.5 G parameters, 128 MB), so none is in the
+cache ("cold"). The floor is the time in which `products.c` reads the packed bytes once, on one
+core. Every figure is the median over the rounds, with the 10th and 90th percentiles beside it.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+SHAPES = ((1, 4096, 4096), (1, 2560, 6912), (1, 6912, 2560), (8, 4096, 4096),
+          (128, 2560, 6912), (128, 4096, 4096), (512, 2560, 6912))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    call: Callable[[int], object]  # multiplies by the weights of set i
+    sets: int
+    products: int = 1  # in one call
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    threads: int = 1
+    rounds: int = 9
+    only: str = ""  # rows whose name contains this
+    out: Path = Path(__file__).parent / "results"
+
+
+def name_of(rows: int, k: int, n: int) -> str:
+    return f"matvec-{k}x{n}-cold" if rows == 1 else f"matmul-{rows}x{k}x{n}"
+
+
+def settle(threads: int) -> None:
+    """Keep to the last cores, and tell XLA and torch so. Before jax is imported."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
+    single = " --xla_cpu_multi_thread_eigen=false" if threads == 1 else ""
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + single
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+@functools.cache
+def helpers() -> ctypes.CDLL | None:
+    """products.c, compiled; None where there is no compiler."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if not compiler:
+        return None
+    file = Path(tempfile.mkdtemp()) / "products.so"
+    source = Path(__file__).with_suffix(".c")
+    flags = ["-O3", "-march=native", "-fPIC", "-shared", "-w"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(file)], check=True)
+    return ctypes.CDLL(str(file))
+
+
+def pointer(a: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(a.ctypes.data)
+
+
+def jitted(product: Callable, x, copies: list) -> Timed:
+    """One row takes a millisecond or less: a call multiplies several, to time no dispatch."""
+    import jax
+
+    several = 4 if x.shape[0] == 1 else 1
+    call = jax.jit(lambda xs, ws: [product(x, w) for x, w in zip(xs, ws)])
+    xs = [x + (0 * i) for i in range(several)]
+    sets = [copies[i : i + several] for i in range(0, len(copies) - several + 1, several)]
+    jax.block_until_ready(call(xs, sets[0]))
+    return Timed(lambda i: jax.block_until_ready(call(xs, sets[i])), len(sets), several)
+
+
+def xla_peers(rows: int, k: int, n: int) -> dict[str, Timed]:
+    """Dense products as XLA does them; from two rows up "padded" is the product itself."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    def dense(x, w, axis, out):
+        padded = jnp.pad(x, ((0, int(rows == 1)), (0, 0)))
+        dims = (((1,), (axis,)), ((), ()))
+        return lax.dot_general(padded, w, dims, preferred_element_type=out)[:rows]
+
+    def weights(shape, dtype):
+        count = max(2, (512 << 20) // (k * n * np.dtype(dtype).itemsize)) if rows == 1 else 2
+        count = -(-count // 4) * 4 if rows == 1 else count
+        one = np.random.default_rng(0).integers(-1, 2, shape).astype(dtype)
+        return [jnp.array(one, copy=True) for _ in range(count)]
+
+    float32 = lambda axis: lambda x, w: lax.dot_general(x, w, (((1,), (axis,)), ((), ())))
+    padded = lambda dtype: lambda x, w: dense(x, w, 1, dtype)
+    x = np.random.default_rng(1).integers(-127, 128, (rows, k))
+    ready = lambda dtype: jnp.asarray(x.astype(dtype))
+    return {
+        "XLA float32 (in, out)": jitted(float32(0), ready("f4"), weights((k, n), "f4")),
+        "XLA float32 (out, in)": jitted(float32(1), ready("f4"), weights((n, k), "f4")),
+        "XLA bfloat16 padded": jitted(
+            padded(jnp.float32), ready(jnp.bfloat16), weights((n, k), jnp.bfloat16)
+        ),
+        "XLA int8 padded": jitted(padded(jnp.int32), ready("i1"), weights((n, k), "i1")),
+    }
+
+
+def bit_planes(x, codes, in_features: int):
+    """The peer that wins where the CPU counts bits in vectors: two weight planes AND eight of x."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    words = lax.bitcast_convert_type(codes.reshape(-1, 4, codes.shape[1]).mT, jnp.uint32)
+    low, high = words & 0x55555555, words >> 1 & 0x55555555
+    spread = jnp.uint32(1) << jnp.arange(0, 32, 2, dtype=jnp.uint32)
+    inputs = x.astype(jnp.uint8).astype(jnp.uint32).reshape(-1, 16)
+    bits = [((inputs >> b & 1) * spread).sum(1, dtype=jnp.uint32)[:, None] for b in range(8)]
+    bits = lax.optimization_barrier(bits)
+    count = lambda a, b: lax.population_count(a & b).astype(jnp.int32)
+    weigh = lambda b: -(1 << b) if b == 7 else 1 << b
+    sums = sum((count(low, a) + 2 * count(high, a)) * weigh(b) for b, a in enumerate(bits))
+    return sums.sum(0)[None] - x.astype(jnp.int32).sum()
+
+
+def packed_products(rows: int, k: int, n: int) -> dict[str, Timed]:
+    """The ops of the library, from the packed codes, and the floor of those bytes."""
+    import jax.numpy as jnp
+
+    from bitnet_jax import ops
+
+    random = np.random.default_rng(2)
+    codes = random.integers(0, 3, (k // 4, 4, n)).astype(np.uint8)
+    one = (codes << np.array([[0], [2], [4], [6]], np.uint8)).sum(1, dtype=np.uint8)
+    count = (512 << 20) // (k * n) // 4 * 4 if rows == 1 else 2
+    copies = [jnp.array(one, copy=True) for _ in range(count)]
+    x = jnp.asarray(random.integers(-127, 128, (rows, k)).astype(np.int8))
+    add = lambda op, **how: jitted(lambda x, w: op(x, w, k, **how), x, copies)
+    made = {"unpack": add(ops.xla.packed_product)}
+    if rows == 1:
+        made |= {"decode": add(ops.decode.packed_product), "bit planes": add(bit_planes)}
+    for isa in ops.native.variants():
+        made[f"native {isa}"] = add(ops.native.packed_product, isa=isa)
+    if rows == 1 and (library := helpers()):
+        views = [np.asarray(w) for w in copies]
+        read = library.read_all
+        size = ctypes.c_size_t(one.nbytes)
+        made["floor"] = Timed(lambda i: read(pointer(views[i]), size), len(views))
+    return made
+
+
+def torch_linear(rows: int, k: int, n: int) -> dict[str, Timed]:
+    if not importlib.util.find_spec("torch"):
+        return {}
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    x = torch.ones(rows, k)
+    copies = [torch.ones(n, k) for _ in range((512 << 20) // (4 * k * n) if rows == 1 else 2)]
+    call = lambda i: torch.nn.functional.linear(x, copies[i])
+    return {"torch float32": Timed(call, len(copies))}
+
+
+def llama_cpp(rows: int, k: int, n: int) -> dict[str, Timed]:
+    """ggml's TQ2_0 x Q8_K, output by output, as llama.cpp multiplies one row; from xllamacpp."""
+    found, library = importlib.util.find_spec("xllamacpp"), helpers()
+    if rows != 1 or k % 256 or not library or not found or not found.submodule_search_locations:
+        return {}
+    file = next(Path(found.submodule_search_locations[0]).glob("xllamacpp*.so"))
+    ggml = ctypes.CDLL(str(file))
+    ggml.ggml_cpu_init()
+    row, block = k // 256 * 66, 292  # bytes: TQ2_0 of one output; Q8_K of 256 inputs
+    weight, x = np.zeros(n * row, np.uint8), np.zeros(k // 256 * block, np.uint8)
+    some = np.random.default_rng(3).standard_normal((n, k)).astype(np.float32)
+    ggml.quantize_row_tq2_0(pointer(some), pointer(weight), ctypes.c_int64(n * k))
+    ggml.quantize_row_q8_K(pointer(some), pointer(x), ctypes.c_int64(k))
+    copies = [weight.copy() for _ in range((512 << 20) // (k * n))]
+    out = np.zeros(n, np.float32)
+
+    def call(i):
+        library.each_output(ggml.ggml_vec_dot_tq2_0_q8_K, k, n, pointer(copies[i]),
+                            ctypes.c_size_t(row), pointer(x), pointer(out))  # fmt: skip
+
+    return {"llama.cpp TQ2_0": Timed(call, len(copies))}
+
+
+def measure(made: dict[str, Timed], rounds: int, clock: Callable[[], float]) -> dict[str, dict]:
+    """Round robin: each round multiplies once by (up to) sixteen of each peer's copies."""
+    taken: dict[str, list[float]] = {name: [] for name in made}
+    for turn in range(rounds):
+        for name, timed in made.items():
+            calls = min(timed.sets, 16 // timed.products)
+            sets = [(turn * calls + i) % timed.sets for i in range(calls)]
+            timed.call(sets[-1])  # what the one before left to do (its memory to free) is not ours
+            time.sleep(0.005)
+            start = clock()
+            for i in sets:
+                timed.call(i)
+            taken[name].append((clock() - start) * 1e3 / calls / timed.products)
+    spread = lambda t: statistics.quantiles(t, n=10, method="inclusive")
+    return {
+        name: {"ms": statistics.median(t), "low": spread(t)[0], "high": spread(t)[-1]}
+        for name, t in taken.items()
+    }
+
+
+def row(shape: tuple[int, int, int], arguments: Arguments) -> dict:
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    makers = (xla_peers, torch_linear, llama_cpp, packed_products)
+    made = {name: timed for maker in makers for name, timed in maker(*shape).items()}
+    found = measure(made, arguments.rounds, clock)
+    float32 = min(v["ms"] for name, v in found.items() if name.startswith("XLA float32"))
+    for values in found.values():
+        values["speedup_vs_float32"] = float32 / values["ms"]
+    floor = found.pop("floor", None)
+    best = next((name for name in found if name.startswith("native")), "decode")
+    ours = found.get(best, found["unpack"])
+    share = floor["ms"] / ours["ms"] if floor and shape[0] == 1 else None
+    return {
+        "name": name_of(*shape), "op": best, **ours, "floor_share": share,
+        "floor": floor, "peers": found,
+    }  # fmt: skip
+
+
+def show(rows: list[dict], console: Console) -> None:
+    for r in rows:
+        share = f", {r['floor_share']:.0%} of the floor" if r["floor_share"] else ""
+        table = Table(title=f"{r['name']}: {r['op']} {r['ms']:.3f} ms{share} ({r['about']})")
+        for column in ("", "ms", "10 % - 90 %", "x float32"):
+            table.add_column(column, justify="left" if not column else "right")
+        floor = {"floor (read once)": r["floor"]} if r["floor"] else {}
+        for name, v in (r["peers"] | floor).items():
+            spread = f"{v['low']:.3f} - {v['high']:.3f}"
+            table.add_row(name, f"{v['ms']:.3f}", spread, f"{v['speedup_vs_float32']:.2f}")
+        console.print(table)
+
+
+def main(arguments: Arguments) -> None:
+    """Measure the rows asked for, and put them in the place of their older ones in the results."""
+    settle(arguments.threads)
+    import jax
+
+    from bitnet_jax.ops import native
+
+    suffix = "" if arguments.threads == 1 else f"_{arguments.threads}threads"
+    file = arguments.out / f"products{suffix}.json"
+    known = json.loads(file.read_text())["rows"] if file.exists() else []
+    rows = {old["name"]: old for old in known}
+    clock = "CPU time" if arguments.threads == 1 else "wall time"
+    for shape in SHAPES:
+        if arguments.only in name_of(*shape):
+            found = row(shape, arguments)
+            found["about"] = (
+                f"{arguments.threads} thread(s), {clock}, load {os.getloadavg()[0]:.1f}"
+            )
+            rows[found["name"]] = found
+    about = f"{platform.machine()}, jax {jax.__version__}; {native.status()}"
+    ordered = [rows[name] for name in (name_of(*s) for s in SHAPES) if name in rows]
+    file.write_text(json.dumps({"about": about, "rows": ordered}, indent=1) + "\n")
+    with file.with_suffix(".txt").open("w") as text:
+        for console in (Console(), Console(file=text, width=100)):
+            console.print(about)
+            show(ordered, console)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))

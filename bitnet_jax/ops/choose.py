@@ -1,0 +1,88 @@
+"""Which op multiplies packed codes: the one place that picks it, by platform and rows.
+
+| platform | rows  | op     | why                                                              |
+|----------|-------|--------|------------------------------------------------------------------|
+| cpu      | any   | native | C++, reads 2 bits a weight; where a compiler is there            |
+| cpu      | 1, 2  | decode | plain JAX on packed bytes; without a compiler                    |
+| cpu      | 3 ... | xla    | unpacks, then XLA's int8 product; without a compiler             |
+| other    | any   | xla    | the only op for GPU and TPU so far                               |
+
+Every op gives the same int32 accumulators, to the bit, so the choice is never seen in a result.
+`bitnet-jax doctor` prints what this machine has; benchmarks/products.py times the ops.
+"""
+
+import functools
+
+import jax
+from jax import lax
+
+from . import decode, native, xla
+
+OPS = {
+    "xla": xla.packed_product,
+    "decode": decode.packed_product,
+    "native": native.packed_product,
+}
+# More rows than this unpack once rather than walk over the bytes again for each of them.
+_FEW = 2
+
+
+def choose(platform: str, rows: int) -> str:
+    """The name of the op for so many rows of activations, out of `OPS`.
+
+    Args:
+      platform: as XLA names it: ``"cpu"``, ``"cuda"``, ``"tpu"``, ...
+      rows: that meet one matrix in a call.
+
+    >>> choose("tpu", 1)
+    'xla'
+    """
+    if platform != "cpu":
+        return "xla"
+    if native.variants():
+        return "native"
+    return "decode" if rows <= _FEW else "xla"
+
+
+def packed_product(
+    x: jax.Array,
+    codes: jax.Array,
+    in_features: int,
+    index: jax.Array | None = None,
+    *,
+    op: str | None = None,
+) -> jax.Array:
+    """int8 activations times packed ternary codes, by the op that suits where it runs.
+
+    out[b, m, n] = sum over k of x[b, m, k] * code[b, k, n]
+
+    The platform is the one the program is compiled for, not the one Python runs on.
+
+    Args:
+      x: int8 (*batch, rows, k).
+      codes: uint8 (*batch, ceil(k / 4), n), as `bitnet_jax.packed.pack_codes` makes them; with an
+        index (*batch, layers, ceil(k / 4), n).
+      in_features: k.
+      index: int32 (*batch), which layer of codes to multiply by.
+      op: a name out of `OPS`, to override the choice.
+
+    Returns:
+      int32 (*batch, rows, n). Batch axes broadcast.
+
+    Raises:
+      ValueError: for an op that does not exist, or shapes that do not fit.
+
+    >>> import jax.numpy as jnp
+    >>> x, codes = jnp.full((1, 3), 2, jnp.int8), jnp.array([[170]], jnp.uint8)
+    >>> [packed_product(x, codes, 3, op=op).tolist() for op in (None, "xla", "decode")]
+    [[[6]], [[6]], [[6]]]
+    """
+    if op is not None:
+        if op not in OPS:
+            raise ValueError(f"op {op!r}: expected one of {', '.join(OPS)}")
+        return OPS[op](x, codes, in_features, index)
+    run = lambda platform: functools.partial(
+        lambda x, codes, name: OPS[name](x, codes, in_features, index),
+        name=choose(platform, x.shape[-2]),
+    )
+    return lax.platform_dependent(x, codes, cpu=run("cpu"), default=run("other"))

@@ -1,0 +1,84 @@
+"""One or two rows from packed codes in plain JAX: the op of decoding where there is no compiler.
+
+Nothing is unpacked to memory. The codes are multiplied in lanes of int16, which is what every
+vector unit has and XLA fuses into one pass over the bytes. Two bit planes with AND and
+`lax.population_count`, fast where the CPU counts bits in vectors, take seven times as long where it
+does not (benchmarks/products.py has both).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .xla import take_layer
+
+# Packed rows whose sums stay in one lane: 16 codes times four, |4 (code + 1) x| <= 8 * 128 each.
+_STREAMS = 8
+_CHUNK = 16  # partial sums added in one turn of the loop
+
+
+def _lanes(x: jax.Array, codes: jax.Array) -> jax.Array:
+    """x int16 (s, p, 4), codes uint8 (s, p, n), s <= 8 -> int16 (p, n), sums over s and the byte.
+
+    Inputs 1 and 3 of a byte are masked where they lie, four times too large: that saves a shift
+    each, and they are divided once, in the end.
+    """
+    ones, fours = jnp.int16(0), jnp.int16(0)
+    for byte, scalars in zip(codes, x):
+        low = byte.astype(jnp.int16)
+        high = low >> 4
+        x0, x1, x2, x3 = (scalars[:, j, None] for j in range(4))
+        ones += (low & 3) * x0 + (high & 3) * x2
+        fours += (low & 12) * x1 + (high & 12) * x3
+    return ones + (fours >> 2)
+
+
+def _total(parts: jax.Array) -> jax.Array:
+    """int16 (p, n) -> int32 (n,). XLA's own reduction over rows takes longer than the product."""
+    turns, left = divmod(len(parts), _CHUNK)
+    add = lambda rows: sum((row.astype(jnp.int32) for row in rows), jnp.int32(0))
+
+    def turn(i, total):
+        return total + add(lax.dynamic_slice_in_dim(parts, i * _CHUNK, _CHUNK))
+
+    total = jnp.zeros(parts.shape[1:], jnp.int32) + add(parts[len(parts) - left :])
+    return lax.fori_loop(0, turns, turn, total) if turns else total
+
+
+def _row(x: jax.Array, codes: jax.Array) -> jax.Array:
+    """x int8 (k,), codes uint8 (p, n) -> int32 (n,)."""
+    p, n = codes.shape
+    total = -x.astype(jnp.int32).sum()  # because codes are stored one too large
+    x = jnp.pad(x.astype(jnp.int16), (0, 4 * p - x.size)).reshape(p, 4)
+    # Eight streams far apart, each read from its first byte to its last, use memory best.
+    main = p - p % _STREAMS
+    for rows, streams in ((slice(main), _STREAMS), (slice(main, p), p % _STREAMS)):
+        if len(range(p)[rows]):
+            cut = [a[rows].reshape(streams, -1, a.shape[-1]) for a in (x, codes)]
+            total += _total(lax.optimization_barrier(_lanes(*cut)))
+    return jnp.broadcast_to(total, (n,))
+
+
+def packed_product(
+    x: jax.Array, codes: jax.Array, in_features: int, index: jax.Array | None = None
+) -> jax.Array:
+    """int8 activations times packed ternary codes, for one or two rows; see `xla.packed_product`.
+
+    out[b, m, n] = sum over k of x[b, m, k] * code[b, k, n]
+
+    Args:
+      x: int8 (*batch, rows, k). The cost grows with the rows: for many, unpack.
+      codes: uint8 (*batch, ceil(k / 4), n); with an index (*batch, layers, ceil(k / 4), n).
+      in_features: k.
+      index: int32 (*batch), which layer of codes to multiply by.
+
+    Returns:
+      int32 (*batch, rows, n). Batch axes broadcast.
+
+    >>> packed_product(jnp.full((1, 3), 2, jnp.int8), jnp.array([[170]], jnp.uint8), 3).tolist()
+    [[6]]
+    """
+    codes = take_layer(codes, index)
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x {x.shape} does not have {in_features} features")
+    return jnp.vectorize(_row, signature="(k),(p,n)->(n)")(x, codes[..., None, :, :])

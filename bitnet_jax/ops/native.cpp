@@ -1,0 +1,303 @@
+// The product of int8 activations and packed ternary codes on the CPU, as an XLA FFI op.
+//
+//   out[b, m, n] = sum over k of x[b, m, k] * code[index[b], k, n]
+//
+// in int32, exact. The arithmetic is in native_kernels.h; here it is compiled once for each
+// instruction set (a variant), the work is cut into tasks for XLA's threads, and the op is bound.
+// Compiled at first use by native.py, with the headers of the jaxlib that will load it.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#endif
+
+namespace ffi = xla::ffi;
+
+constexpr int FEW = 16;   // up to so many rows the codes are read directly, above by tables
+constexpr int MANY = 32;  // rows that share a table
+
+// ---- Variants ------------------------------------------------------------------------------------
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Bytes){__VA_ARGS__})
+#endif
+
+#define TEXT(x) #x
+#if defined(__clang__)
+#define BEGIN(isa) _Pragma(TEXT(clang attribute push(__attribute__((target(isa))), apply_to = function)))
+#define END _Pragma("clang attribute pop")
+#else
+#define BEGIN(isa) _Pragma("GCC push_options") _Pragma(TEXT(GCC target(isa)))
+#define END _Pragma("GCC pop_options")
+#endif
+
+namespace portable {  // any CPU that C++ runs on: x's two bytes apart, and two int16 products
+#define VECTOR 16
+#define GROUP 2
+#define AT_ONCE 2
+#define DOT                                                        \
+  Shorts both = (Shorts)codes, even = (Shorts)x << 8;              \
+  return sums + (both & 255) * (even >> 8) + (both >> 8) * ((Shorts)x >> 8);
+#include "native_kernels.h"
+}  // namespace portable
+
+#if defined(__x86_64__)
+
+BEGIN("avx2")
+namespace avx2 {
+#define VECTOR 32
+#define GROUP 2
+#define AT_ONCE 2
+#define WIDEN(piece) (Wide)_mm256_cvtepi16_epi32((__m128i)(piece))
+#define DOT return sums + (Sums)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
+#include "native_kernels.h"
+}  // namespace avx2
+END
+
+#if __GNUC__ >= 11 || __clang_major__ >= 12
+#define HAS_AVXVNNI
+BEGIN("avx2,avxvnni")
+namespace avxvnni {
+#define VECTOR 32
+#define GROUP 4
+#define AT_ONCE 1
+#define DOT return (Sums)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)x);
+#include "native_kernels.h"
+}  // namespace avxvnni
+END
+#endif
+
+BEGIN("avx512f,avx512bw,avx512vl,avx512vnni")
+namespace avx512vnni {
+#define VECTOR 64
+#define GROUP 4
+#define AT_ONCE 2
+#define DOT return (Sums)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x);
+#include "native_kernels.h"
+}  // namespace avx512vnni
+END
+
+#elif defined(__aarch64__) && defined(__linux__)
+
+BEGIN("arch=armv8.2-a+dotprod")
+namespace dotprod {
+#define VECTOR 16
+#define GROUP 4
+#define AT_ONCE 2
+#define DOT return (Sums)vdotq_s32((int32x4_t)sums, (int8x16_t)codes, (int8x16_t)x);
+#include "native_kernels.h"
+}  // namespace dotprod
+END
+
+#endif
+
+using Product = void(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
+                     int64_t columns, int32_t* out);
+
+struct Variant {
+  const char* name;
+  bool (*runs_here)();
+  Product *few, *many;
+};
+
+static const Variant kVariants[] = {  // the best first
+#if defined(__x86_64__)
+    {"avx512vnni",
+     [] { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl"); },
+     avx512vnni::few, avx512vnni::many},
+#if defined(HAS_AVXVNNI)
+    {"avxvnni",
+     [] { unsigned a, b, c, d;  // older compilers do not know it by name
+          return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
+                 (a >> 4 & 1); },
+     avxvnni::few, avxvnni::many},
+#endif
+    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, avx2::few, avx2::many},
+#elif defined(__aarch64__) && defined(__linux__)
+    {"dotprod", [] { return bool(getauxval(AT_HWCAP) & HWCAP_ASIMDDP); }, dotprod::few,
+     dotprod::many},
+#endif
+    {"portable", [] { return true; }, portable::few, portable::many},
+};
+
+static const Variant* find(std::string_view name) {
+  for (const Variant& variant : kVariants)
+    if (variant.name == name) return variant.runs_here() ? &variant : nullptr;
+  return nullptr;
+}
+
+// ---- What Python asks before it trusts the library -----------------------------------------------
+
+// Name of variant i, or null where there are no more.
+extern "C" const char* bitnet_variant(int i) {
+  return i < int(std::size(kVariants)) ? kVariants[i].name : nullptr;
+}
+
+static bool equals_reference(Product* product, int64_t rows, int64_t k, int64_t n, int sign) {
+  const int64_t packed = (k + 3) / 4;
+  std::vector<int8_t> x(rows * k);
+  std::vector<uint8_t> codes(packed * n);
+  std::vector<int32_t> out(rows * n);
+  uint32_t random = 1;
+  auto draw = [&] { return (random = random * 1664525 + 1013904223) >> 16; };
+  // sign: one where every product is as large as it gets, to meet any overflow; 0 for random ones.
+  for (auto& value : x) value = sign ? sign * 128 - (sign > 0) : int8_t(draw());
+  for (auto& byte : codes)
+    for (int j = 0; j < 8; j += 2) byte |= (sign ? 2 : draw() % 3) << j;
+  product(x.data(), rows, k, codes.data(), n, n, out.data());
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t c = 0; c < n; c++) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < k; i++)
+        sum += x[m * k + i] * ((codes[i / 4 * n + c] >> i % 4 * 2 & 3) - 1);
+      if (sum != out[m * n + c]) return false;
+    }
+  return true;
+}
+
+// 1 if the named variant computes what it should on this CPU, 0 if not, -1 if it cannot run here.
+extern "C" int bitnet_check(const char* name) {
+  const Variant* variant = find(name);
+  if (!variant) return -1;
+  bool right = true;
+  for (int sign : {0, 1, -1})
+    for (int64_t rows : {1, 2, 5, MANY})
+      for (int64_t k : {1, 77, 330})
+        for (Product* product : {variant->few, variant->many})
+          if (rows <= FEW || product == variant->many)
+            right = right && equals_reference(product, rows, k, 83, sign);
+  return right;
+}
+
+// ---- Threads -------------------------------------------------------------------------------------
+
+// Run task(0) .. task(count - 1) on XLA's threads and on this one. No wait is for a task that has
+// not started, so nothing can lock up, even when every other thread is busy or waits for us.
+static void run(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    int64_t done = 0;
+    std::mutex mutex;
+    std::condition_variable all;
+  };
+  auto shared = std::make_shared<Shared>();  // a thread may come when everything is over
+  auto work = [shared, count, &task] {
+    int64_t mine = 0;
+    for (int64_t i; (i = shared->next++) < count; mine++) task(i);
+    if (!mine) return;
+    std::lock_guard<std::mutex> lock(shared->mutex);
+    if ((shared->done += mine) == count) shared->all.notify_one();
+  };
+  int64_t others = std::min(count, pool.num_threads()) - 1;
+  for (int64_t i = 0; i < others; i++) pool.Schedule(std::function<void()>(work));
+  work();
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->all.wait(lock, [&] { return shared->done == count; });
+}
+
+// ---- The op --------------------------------------------------------------------------------------
+
+using Dims = ffi::Span<const int64_t>;
+
+// Where matrix b of the result finds its own in an operand, whose axes are the result's or 1 long.
+static int64_t matrix(int64_t b, Dims result, Dims operand, size_t axes) {
+  int64_t at = 0, step = 1;
+  for (size_t i = axes; i-- > 0; b /= result[i]) {
+    if (operand[i] != 1) at += b % result[i] * step;
+    step *= operand[i];
+  }
+  return at;
+}
+
+static bool broadcasts(Dims result, Dims operand, size_t axes) {
+  for (size_t i = 0; i < axes; i++)
+    if (operand[i] != 1 && operand[i] != result[i]) return false;
+  return true;
+}
+
+static int64_t size(Dims dims, size_t axes) {
+  int64_t size = 1;
+  for (size_t i = 0; i < axes; i++) size *= dims[i];
+  return size;
+}
+
+// Columns of a task: at most `most`, at least 256, whole cache lines, about `tasks` of them.
+static int64_t strip(int64_t n, int64_t tasks, int64_t most) {
+  int64_t columns = std::min(most, std::max<int64_t>(256, (n + tasks - 1) / tasks));
+  return (columns + 63) / 64 * 64;
+}
+
+static ffi::Error PackedProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
+                                ffi::Buffer<ffi::U8> codes, ffi::Buffer<ffi::S32> index,
+                                ffi::Result<ffi::Buffer<ffi::S32>> out, std::string_view isa) {
+  const Variant* variant = find(isa);
+  if (!variant) return ffi::Error::InvalidArgument("this CPU does not run that variant");
+  Dims xd = x.dimensions(), cd = codes.dimensions(), id = index.dimensions();
+  Dims od = out->dimensions();
+  const size_t axes = id.size();
+  if (xd.size() != axes + 2 || cd.size() != axes + 3 || od.size() != axes + 2)
+    return ffi::Error::InvalidArgument("x (*b, rows, k), codes (*b, l, k/4, n), index (*b) needed");
+  int64_t rows = xd[axes], k = xd[axes + 1], n = cd[axes + 2];
+  const int64_t layers = cd[axes], packed = cd[axes + 1];
+  int64_t matrices = size(od, axes);
+  if (packed != (k + 3) / 4 || od[axes] != rows || od[axes + 1] != n || !broadcasts(od, xd, axes) ||
+      !broadcasts(od, cd, axes) || !broadcasts(od, id, axes) || (layers == 0 && matrices))
+    return ffi::Error::InvalidArgument("the shapes of x, codes and index do not fit");
+  if (rows == 0 || n == 0 || matrices == 0) return ffi::Error::Success();
+  // A batch of x for one matrix, as vmap makes it of single rows, is that many rows.
+  const bool one = size(cd, axes) == 1 && size(id, axes) == 1 && size(xd, axes) == matrices;
+  if (one) rows *= matrices, matrices = 1;
+
+  const bool direct = rows <= FEW;
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t blocks = direct ? 1 : (rows + MANY - 1) / MANY, height = direct ? rows : MANY;
+  const int64_t wanted = direct ? threads : 2 * threads, others = matrices * blocks;
+  const int64_t columns = strip(n, (wanted + others - 1) / others, direct ? 8192 : 4096);
+  const int64_t strips = (n + columns - 1) / columns;
+  run(pool, others * strips, [&](int64_t task) {
+    const int64_t b = task / strips / blocks, m = task / strips % blocks * height;
+    const int64_t first = task % strips * columns;
+    int64_t layer = index.typed_data()[one ? 0 : matrix(b, od, id, axes)];
+    layer = std::clamp<int64_t>(layer, 0, layers - 1);  // as every index in XLA
+    const int64_t weight = (one ? 0 : matrix(b, od, cd, axes)) * layers + layer;
+    const int64_t input = one ? 0 : matrix(b, od, xd, axes);
+    (direct ? variant->few : variant->many)(
+        x.typed_data() + (input * rows + m) * k, std::min(height, rows - m), k,
+        codes.typed_data() + weight * packed * n + first, n, std::min(columns, n - first),
+        out->typed_data() + (b * rows + m) * n + first);
+  });
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_packed_product, PackedProduct,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Attr<std::string_view>("isa"));
