@@ -40,7 +40,7 @@ from .quantize import Scheme
 from .recipe import DeadZone, LearnedScales, Part, Planned, Residual, WarmUp, finish
 from .subnorm import insert_sub_norms
 from .train.data import steps_per_epoch
-from .train.loop import Fit, fit
+from .train.loop import Fit, committed, fit
 from .train.loss import logits_of
 from .train.watch import watch
 
@@ -230,6 +230,7 @@ def run(
     say, busy = screen.print, functools.partial(screen.status, spinner="line")
     started = time.perf_counter()
     check_finite(source.params)
+    source = dataclasses.replace(source, params=committed(source.params))
     steps_per_epoch(text, settings.batch * settings.accumulate)
     float_model = source.config.build(None)
     student = source
@@ -238,7 +239,8 @@ def run(
     objective = objective_of(source, student)
     ternary_model = student.config.build(settings.scheme)
     measure = lambda model, params: objective.judge(model, params, held_out, settings.batch)
-    rounded = lambda params: ternarise(params, settings.policy, settings.scheme)
+    # Packed to be measured too: one program for all of them.
+    rounded = lambda params: pack(ternarise(params, settings.policy, settings.scheme))
     size = sum(x.size for x in jax.tree.leaves(source.params))
 
     say("[bold]1 measure[/] the float model on held-out text")
@@ -414,7 +416,7 @@ def _fine_tune(
         text,
         stage="fine-tune ternary",
         judge=lambda m, p, data, batch: objective.judge(
-            m, ternarise(p, settings.policy, settings.scheme), data, batch
+            m, pack(ternarise(p, settings.policy, settings.scheme)), data, batch
         ),
         loss=objective.loss(settings, teacher),
         prequantize=once if settings.accumulate > 1 else None,

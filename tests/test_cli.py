@@ -14,6 +14,7 @@ import pytest
 
 import bitnet_jax
 from bitnet_jax import checkpoint, cli, demo, sandbox
+from bitnet_jax.ops import OPS, choose
 
 from .test_phase4 import TINY
 
@@ -188,3 +189,11 @@ def test_a_stop_in_the_middle_leaves_only_whole_checkpoints(tmp_path, sign):
     for folder in ("packed", "float32", "latent/last", "latent/best"):
         if (tmp_path / "out" / folder).exists():
             checkpoint.load(tmp_path / "out" / folder)
+
+
+def test_doctor_says_what_multiplies_here(tmp_path, capsys):
+    assert cli.main(["doctor", "--json", str(tmp_path / "d.json")]) == 0
+    found, told = json.loads((tmp_path / "d.json").read_text()), capsys.readouterr().out
+    assert found["native"].split(",")[0] in told
+    assert {x["op"] for x in found["choices"]} <= set(OPS)
+    assert all(x["op"] == choose(found["platform"], x["rows"]) for x in found["choices"])

@@ -158,6 +158,17 @@ def test_a_damaged_hand_off_is_refused(home, tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
+def test_a_training_that_leads_away_is_not_packed(home, tmp_path, capsys):
+    args = ("--data", home / "text.txt", "--length", 32, "--epochs", 1)
+    code = run("compress", TINY, *args, "--learning-rate", 0.1, "--out", tmp_path / "out")
+    assert code == 0 and "led away from the float model" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out/report.json").read_text())
+    scores = result["scores"]
+    assert result["packed_is"] == "converted"
+    assert scores["fine_tuned"]["kl"] > scores["converted"]["kl"]
+    assert scores["packed"]["kl"] == pytest.approx(scores["converted"]["kl"], rel=0.1)
+
+
 def test_eval_says_how_far_it_agrees(home, tmp_path, capsys):
     args = ("--data", home / "text.txt", "--length", 32, "--json", tmp_path / "j.json")
     assert run("eval", home / "out/packed", *args, "--against", home / "out/float32") == 0

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..errors import BitnetError
 from ..output import write_json
-from .checks import Inspect, Sandbox
+from .checks import Doctor, Inspect, Sandbox
 from .jobs import Compress, Demo
 from .phase5 import Continue
 from .use import Eval, Generate
@@ -23,6 +23,7 @@ _COMMANDS = {
     "eval": Eval,
     "generate": Generate,
     "inspect": Inspect,
+    "doctor": Doctor,
     "sandbox": Sandbox,
 }
 

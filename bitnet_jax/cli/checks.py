@@ -1,4 +1,4 @@
-"""``sandbox`` and ``inspect``: the seed's checks, and what is in a checkpoint."""
+"""``sandbox``, ``inspect``, ``doctor``: the seed's checks, a checkpoint's, this machine's."""
 
 import dataclasses
 from pathlib import Path
@@ -42,4 +42,21 @@ class Inspect:
         result = inspection.inspect(self.dir)
         for part in inspection.render(result):
             console.print(part)
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Say which ops multiply packed weights on this machine, why, and how fast they are."""
+
+    json: Json = None
+    """Also write what was found to this file."""
+
+    def __call__(self, console: Console) -> dict:
+        from .. import doctor
+
+        with console.status("compiling and timing, some seconds the first time", spinner="line"):
+            result = doctor.examine()
+        for part in doctor.render(result):
+            console.print(part, highlight=False)
         return result

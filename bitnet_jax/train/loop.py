@@ -125,7 +125,7 @@ def fit(
     loss, params = as_pytree(loss), recipes.begin(recipe, params)
     run, save = begin(params, optimizer, plan.total, log), Keeper(resume, save_every)
     run = save.open(run, lambda: _mark(plan, step, run, loss, data, held_out), log)
-    run.params, run.opt_state = _committed((run.params, run.opt_state))
+    run.params, run.opt_state = committed((run.params, run.opt_state))
     record = _recorder(plan, run, ([] if log is None else [jsonl(log)]) + list(sinks))
     began = time.perf_counter() - run.seconds
     with bar(console, stage, plan.total, run.step) as show:
@@ -145,10 +145,14 @@ def fit(
     return Fit(run.params, run.history, run.seconds, run.step, run.stopped)
 
 
-def _committed(tree: Tree) -> Tree:
-    """The same arrays, bound to their devices as a step's results are.
+def committed(tree: Tree) -> Tree:
+    """The same arrays, bound to their devices as a compiled function's results are.
 
-    Otherwise the second step, whose arguments are the first one's results, compiles once more.
+    A function is compiled apart for arrays that are and that are not: the second step of a
+    training, whose arguments are the first one's results, would compile once more.
+
+    >>> committed({"w": np.ones(2)})["w"].committed
+    True
     """
     return jax.tree.map(lambda x: jax.device_put(x, jnp.asarray(x).sharding), tree)
 

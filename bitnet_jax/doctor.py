@@ -1,0 +1,93 @@
+"""What this machine multiplies packed weights with, why, and how fast that is."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from .ops import OPS, choose
+from .ops.native import status, variants
+
+_ROWS = (1, 2, 8, 128)
+_SIZE = 2048
+_REASONS = {
+    "native": "C++ reads the packed codes as they lie",
+    "decode": "no C++ op here; plain JAX on packed codes, good for one or two rows",
+    "xla": "unpacks to int8, then XLA's own product",
+}
+
+
+def examine(repeats: int = 7) -> dict:
+    """Ops this machine has, which is picked for how many rows, and their time beside float32's.
+
+    Args:
+      repeats: calls timed of each, after one that compiles.
+
+    Returns:
+      ``versions``, ``platform``, ``devices``, ``cpu``, ``native`` (a sentence), ``choices``: a list
+      of ``rows``, ``op``, ``why``, ``ms`` (the median), ``float32_ms`` of XLA's product of the same
+      2048 x 2048 matrix in float32, and ``speedup_vs_float32``. Weights are in cache where it holds
+      them; benchmarks/products.py measures them from memory.
+    """
+    backend = jax.default_backend()
+    found = {
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
+        "platform": backend,
+        "devices": [f"{d.device_kind} ({d.platform})" for d in jax.devices()],
+        "cpu": platform.processor() or platform.machine(),
+        "native": status(),
+        "variants": list(variants()),
+        "choices": [],
+    }
+    random = np.random.default_rng(0)
+    codes = jnp.asarray(random.integers(0, 171, (_SIZE // 4, _SIZE)) & 0xAA, jnp.uint8)
+    weight = jnp.asarray(random.standard_normal((_SIZE, _SIZE)), jnp.float32)
+    for rows in _ROWS:
+        name = choose(backend, rows)
+        x = jnp.asarray(random.integers(-127, 128, (rows, _SIZE)), jnp.int8)
+        ours = jax.jit(lambda x, codes, op=OPS[name]: op(x, codes, _SIZE))
+        floats, y = jax.jit(jnp.dot), x.astype(jnp.float32)
+        calls = (lambda: ours(x, codes), lambda: floats(y, weight))  # noqa: B023
+        ms, float_ms = _medians(calls, repeats)
+        found["choices"].append(
+            {
+                "rows": rows,
+                "op": name,
+                "why": _REASONS[name],
+                "ms": ms,
+                "float32_ms": float_ms,
+                "speedup_vs_float32": float_ms / ms,
+            }
+        )
+    return found
+
+
+def _medians(calls: tuple[Callable, ...], repeats: int) -> list[float]:
+    """Milliseconds of each, turn by turn, so that a busy moment meets all of them."""
+    times = [[] for _ in calls]
+    for i in range(repeats + 1):
+        for call, seconds in zip(calls, times):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if i:
+                seconds.append(time.perf_counter() - start)
+    return [1000 * statistics.median(seconds) for seconds in times]
+
+
+def render(found: dict) -> list:
+    """The findings for a person."""
+    told = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    table = Table(title=f"Packed ternary products, {_SIZE} x {_SIZE}", title_justify="left")
+    for name in ("rows", "op", "ms", "float32 ms", "faster"):
+        table.add_column(name, justify="left" if name == "op" else "right")
+    table.add_column("why")
+    for x in found["choices"]:
+        numbers = (f"{x['ms']:.3f}", f"{x['float32_ms']:.3f}", f"{x['speedup_vs_float32']:.1f}x")
+        table.add_row(str(x["rows"]), x["op"], *numbers, x["why"])
+    return [f"{told} on {', '.join(found['devices'])}", found["native"], table]
