@@ -54,7 +54,8 @@ def accumulate(
     if not weight.group:
         return jnp.expand_dims(integer_product(x, weight.codes, batch_dims), batch_dims)
     blocks, _ = grouped(weight.codes, weight.group)
-    return integer_product(_by_group(x, *blocks.shape[-3:-1], batch_dims), blocks, batch_dims + 1)
+    groups, size = blocks.shape[-3:-1]
+    return integer_product(_by_group(x, groups, size, batch_dims), blocks, batch_dims + 1)
 
 
 def _by_group(x: jax.Array, groups: int, size: int, batch_dims: int) -> jax.Array:
@@ -153,7 +154,9 @@ def _latent_matrix(w: jax.Array, contract: Sequence[int], batch: Sequence[int]):
     return w.reshape(*lead, math.prod(size), math.prod(out)), out
 
 
-def _leaf_matrix(w: Quantized | Packed, contract: Sequence[int], batch: Sequence[int]):
+def _leaf_matrix(
+    w: Quantized | Packed, contract: Sequence[int], batch: Sequence[int]
+) -> tuple[Quantized | PackedTernary, tuple[int, ...]]:
     """A quantised leaf already lies as (*batch, in, out): check it, say out's axes.
 
     It stays packed if an op reads its bytes as they are.
@@ -166,14 +169,18 @@ def _leaf_matrix(w: Quantized | Packed, contract: Sequence[int], batch: Sequence
             f"before them as batch; got contract {tuple(contract)}, batch {tuple(batch)}"
         )
     out = split(w.codes.shape[-1], w.out_shape)
-    other = isinstance(w, Packed) and not isinstance(w, PackedTernary)
-    return (unpack_weight(w) if other else w), out
+    if isinstance(w, Packed) and not isinstance(w, PackedTernary):
+        return unpack_weight(w), out
+    return w, out
 
 
-def _weight_of(rhs: Any, scheme: Scheme, contract: Sequence[int], batch: Sequence[int]):
+def _weight_of(
+    rhs: Any, scheme: Scheme, contract: Sequence[int], batch: Sequence[int]
+) -> tuple[jax.Array | None, Quantized | PackedTernary, tuple[int, ...]]:
     """(latent matrix or None, quantised matrix, output axes) of whatever stands on the right."""
     if isinstance(rhs, Quantized | Packed):
-        return None, *_leaf_matrix(rhs, contract, batch)
+        weight, out = _leaf_matrix(rhs, contract, batch)
+        return None, weight, out
     if isinstance(rhs, Prequantized):
         latent, out = _latent_matrix(rhs.latent.astype(jnp.float32), contract, batch)
         return latent, _leaf_matrix(rhs.weight, contract, batch)[0], out
