@@ -6,11 +6,9 @@ The same weights and tokens on every side, turn by turn in one process, so that 
 the machine meets all of them. Needs torch, which only benchmarks and .pt files do.
 """
 
-import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import phase3_torch, production
+from benchmarks.timing import keep, turns
 from bitnet_jax import Scheme, compress, convert
 
 TORCH, FLOAT = "torch, float32, eager", "ours, float32"
@@ -48,18 +47,6 @@ def competitors(base: Path, ids: np.ndarray) -> dict[str, Callable[[], np.ndarra
         TERNARY: packed(every),
         PLANNED: packed(planned),
     }
-
-
-def measure(calls: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each, turn by turn, after one that is not counted."""
-    seconds = {name: [] for name in calls}
-    for i in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def table(result: dict) -> Table:
@@ -94,7 +81,7 @@ def main(
     wanted = logits[TORCH]
     error = {n: float(np.abs(x - wanted).max() / wanted.std()) for n, x in logits.items()}
     with console.status("timing"):
-        seconds = measure(calls, repeats)
+        seconds = turns(calls, repeats)
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     rows = [
         {
@@ -117,10 +104,7 @@ def main(
     }
     console.print(table(result))
     console.print(f"float32 logits differ by {error[FLOAT]:.1e} of their spread", highlight=False)
-    if out is not None:
-        out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        with out.with_suffix(".txt").open("w") as file:
-            Console(file=file, width=90).print(table(result))
+    keep(out, result, table(result))
 
 
 if __name__ == "__main__":

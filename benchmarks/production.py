@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
+from benchmarks.timing import keep
 from bitnet_jax import Scheme, compress
 from bitnet_jax.interop import phase3
 from bitnet_jax.interop.phase3_keys import shapes
@@ -144,10 +145,7 @@ def measure(out: Path | None = None, seed: int = 0) -> None:
     )
     result = {k: v for k, v in result.items() if k not in ("conversion", "errors")}
     console.print(table(result))
-    if out is not None:
-        out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        with out.with_suffix(".txt").open("w") as text:
-            Console(file=text, width=100).print(table(result))
+    keep(out, result, table(result))
 
 
 if __name__ == "__main__":

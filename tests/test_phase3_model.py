@@ -16,7 +16,7 @@ from bitnet_jax import BitnetError, Policy, Scheme, convert
 from bitnet_jax.interop import phase3
 from bitnet_jax.interop.phase3_keys import state_dict
 from bitnet_jax.models import quiet_star
-from bitnet_jax.models.phase3 import attend, recurrence
+from bitnet_jax.models.titans import attend, recurrence
 from bitnet_jax.train import recursion
 
 GOLDEN = Path(__file__).parent / "golden"

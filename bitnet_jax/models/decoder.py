@@ -12,6 +12,7 @@ from ..calibrate import Stage
 from ..convert import path_name
 from ..linen import BitDense, BitEmbed
 from ..quantize import Scheme
+from .attention import attend
 
 Cache = tuple[dict[str, jax.Array], ...]
 
@@ -127,7 +128,7 @@ def max_logits(intermediates: Any) -> dict[str, jax.Array]:
     return {path_name(path).removesuffix("/max_logits/0"): x for path, x in leaves}
 
 
-def _show(module: nn.Module, **values: jax.Array) -> None:
+def show(module: nn.Module, **values: jax.Array) -> None:
     """Sow values for ``model.apply(params, tokens, mutable=[ACTIVATIONS])``, and for no other call.
 
     A collection of its own, so that ``intermediates`` holds what `max_logits` reads and no more;
@@ -160,7 +161,7 @@ class Attention(nn.Module):
         query = heads(dense(c.width, name="query")(x))
         key = heads(dense(c.kv_heads * c.head_dim, name="key")(x))
         value = heads(dense(c.kv_heads * c.head_dim, name="value")(x))
-        _show(self, q=query, k=key, v=value)
+        show(self, q=query, k=key, v=value)
         positions = start + jnp.arange(length)
         query, key = (rotary(y, positions, c.rope_base) for y in (query, key))
         if cache is not None:
@@ -171,9 +172,9 @@ class Attention(nn.Module):
         seen = jnp.arange(key.shape[1]) <= positions[:, None]
         if self.is_mutable_collection("intermediates"):  # an extra product, only for who asks
             self.sow("intermediates", "max_logits", largest_logits(query, key, seen))
-        y = jax.nn.dot_product_attention(query, key, value, mask=seen[None, None])
+        y = attend(query, key, value, seen)
         y = y.reshape(batch, length, c.width)
-        _show(self, mixed=y)
+        show(self, mixed=y)
         if c.sub_norms:
             y = _norm(c, "sub_norm")(y)
         return dense(c.width, name="out")(y), cache
@@ -191,7 +192,7 @@ class MLP(nn.Module):
         gate, up = dense(c.hidden, name="gate")(x), dense(c.hidden, name="up")(x)
         act = nn.silu(gate) if c.activation == "silu" else nn.relu(gate) ** 2
         y = act * up
-        _show(self, mixed=y)
+        show(self, mixed=y)
         if c.sub_norms:
             y = _norm(c, "sub_norm")(y)
         return dense(c.width, name="down")(y)

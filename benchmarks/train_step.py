@@ -1,0 +1,173 @@
+"""A training step of a 25M-parameter decoder: float and ternary, ours and PyTorch's.
+
+    python -m benchmarks.train_step --out benchmarks/results/train_step
+
+12 layers of width 384, SwiGLU of 1,024, 16,384 tied tokens, AdamW, batches of 8 x 128 tokens; the
+same shape on both sides. PyTorch's ternary side is a straightforward BitLinear: absmean codes and
+8-bit activations computed in float, straight-through, `F.linear`. Steps are taken turn by turn in
+one process, so that a busy moment of the machine meets all of them. Needs torch.
+"""
+
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.timing import keep, turns
+from bitnet_jax import Scheme
+from bitnet_jax.models.decoder import DecoderConfig
+from bitnet_jax.train.loop import committed
+from bitnet_jax.train.loss import next_token
+from bitnet_jax.train.step import as_pytree, train_step
+
+LAYERS, WIDTH, HIDDEN, HEADS, VOCAB = 12, 384, 1024, 6, 16384
+FLOAT, TERNARY = "ours, float32", "ours, ternary"
+
+
+class BitLinear(nn.Linear):
+    """w and x rounded, the gradient of what was not: the layer most PyTorch projects have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.abs().mean().clamp(min=1e-5)
+        w = (self.weight / scale).round().clamp(-1, 1) * scale
+        largest = x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+        q = (x * (127 / largest)).round().clamp(-128, 127) * (largest / 127)
+        return F.linear(x + (q - x).detach(), self.weight + (w - self.weight).detach())
+
+
+class Block(nn.Module):
+    def __init__(self, linear: type[nn.Linear]):
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(WIDTH, 1e-6), nn.RMSNorm(WIDTH, 1e-6)
+        square = lambda: linear(WIDTH, WIDTH, bias=False)
+        self.q, self.k, self.v, self.o = square(), square(), square(), square()
+        self.gate, self.up = (linear(WIDTH, HIDDEN, bias=False) for _ in range(2))
+        self.down = linear(HIDDEN, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        split = lambda a: a.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        q, k, v = split(self.q(y)), split(self.k(y)), split(self.v(y))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class TorchDecoder(nn.Module):
+    """The same shape as ours but for rotary positions, which cost next to nothing."""
+
+    def __init__(self, linear: type[nn.Linear]):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.blocks = nn.Sequential(*(Block(linear) for _ in range(LAYERS)))
+        self.norm = nn.RMSNorm(WIDTH, 1e-6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.norm(self.blocks(self.embed(tokens))), self.embed.weight)
+
+
+def by_torch(linear: type[nn.Linear], batch: np.ndarray, autocast: bool = False) -> Callable:
+    """A call that takes one step."""
+    torch.manual_seed(0)
+    model, rows = TorchDecoder(linear), torch.from_numpy(batch).long()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(rows[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def by_us(scheme: Scheme | None, batch: np.ndarray, dtype: str = "float32") -> Callable:
+    """A call that takes one step."""
+    config = DecoderConfig(
+        vocab_size=VOCAB, width=WIDTH, layers=LAYERS, heads=HEADS, kv_heads=HEADS, hidden=HIDDEN,
+        dtype=dtype,
+    )  # fmt: skip
+    model, optimizer = config.build(scheme), optax.adamw(1e-3)
+    params = model.init(jax.random.key(0), batch[:1, :-1])
+    state = [committed((params, optimizer.init(params)))]
+    take, loss = train_step(model, optimizer), as_pytree(next_token)
+
+    def step() -> float:
+        params, opt_state, metrics = take(*state[0], loss, batch, 0)
+        state[0] = params, opt_state
+        return float(metrics["loss"])
+
+    return step
+
+
+def table(result: dict) -> Table:
+    found = Table(title=f"A training step, {result['parameters'] / 1e6:.1f} M parameters")
+    for name in ("step", "median s", "from", "to", "beside float32"):
+        found.add_column(name, justify="left" if name == "step" else "right")
+    for row in result["rows"]:
+        numbers = (f"{row[k]:.3f}" for k in ("seconds", "least", "most"))
+        found.add_row(row["step"], *numbers, f"{row['speedup_vs_float32']:.2f}x")
+    return found
+
+
+def main(out: Path | None = None, repeats: int = 7) -> None:
+    """Time all of them and print the table.
+
+    Args:
+      out: also write the figures to OUT.json and the table to OUT.txt.
+      repeats: steps timed, after two that are not.
+    """
+    console = Console()
+    batch = np.random.default_rng(0).integers(0, VOCAB, (8, 129)).astype(np.int32)
+    steps = {
+        FLOAT: by_us(None, batch),
+        TERNARY: by_us(Scheme(), batch),
+        "ours, bfloat16": by_us(None, batch, "bfloat16"),
+        "ours, ternary, bfloat16 activations": by_us(Scheme(), batch, "bfloat16"),
+        "torch, float32": by_torch(nn.Linear, batch),
+        "torch, bfloat16 autocast": by_torch(nn.Linear, batch, autocast=True),
+        "torch, BitLinear": by_torch(BitLinear, batch),
+    }
+    with console.status("timing"):
+        seconds = turns(steps, repeats, skip=2)
+    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    rows = [
+        {
+            "name": "train-step-25m" if name == TERNARY else name,
+            "step": name,
+            "seconds": medians[name],
+            "least": min(seconds[name]),
+            "most": max(seconds[name]),
+            "speedup_vs_float32": medians[FLOAT] / medians[name],
+        }
+        for name in steps
+    ]
+    parameters = sum(x.numel() for x in TorchDecoder(nn.Linear).parameters())
+    versions = {"torch": torch.__version__, "jax": jax.__version__}
+    result = {
+        "parameters": parameters,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "versions": versions,
+        "rows": rows,
+    }
+    console.print(table(result))
+    keep(out, result, table(result))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
