@@ -19,16 +19,29 @@ jax.config.update("jax_compilation_cache_dir", str(_COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# Tests of whole jobs, whose arithmetic others check: compiled quickly rather than well.
+# Tests of whole jobs, whose arithmetic others check: compiled quickly rather than well. They take
+# longest, so they begin first (pytest runs with --no-loadscope-reorder): no core waits at the end.
 _JOBS = (
-    "test_cli", "test_compress", "test_phase3_jobs", "test_phase4", "test_quality_bench",
-    "test_resume", "test_train", "test_decoder", "test_subnorm", "test_relation",
+    "test_phase3_jobs", "test_experiments", "test_compress", "test_phase4", "test_cli",
+    "test_resume", "test_quality_bench", "test_decoder", "test_train", "test_subnorm",
 )  # fmt: skip
+
+
+def _is_job(name: str) -> bool:
+    return name.rpartition(".")[2] in _JOBS
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: i for i, name in enumerate(_JOBS)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_optimisations(request):
-    quick = request.module.__name__.rpartition(".")[2] in _JOBS
+    quick = _is_job(getattr(request.module, "__name__", ""))
     jax.config.update("jax_disable_most_optimizations", quick)
+    if quick:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for what the tests start
     yield
+    os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
     jax.config.update("jax_disable_most_optimizations", False)
