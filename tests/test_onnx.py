@@ -1,6 +1,7 @@
 """ONNX files of ours against our own model, run by onnxruntime."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -17,66 +18,76 @@ from bitnet_jax.interop.onnx import FORMS, codes_of, save
 from bitnet_jax.interop.onnx.blocks import Blocks, exact_blocks, pack_blocks, unpack_blocks
 from bitnet_jax.interop.onnx.graph import Graph
 from bitnet_jax.interop.onnx.products import PRODUCTS
-from bitnet_jax.leaf import Packed, is_quantized
+from bitnet_jax.leaf import Int4, Int8, Packed, Ternary, is_quantized
 from bitnet_jax.models.decoder import DecoderConfig
 from bitnet_jax.models.folder import ModelFolder, PythonModule
 from bitnet_jax.models.generate import generate
 from bitnet_jax.models.phase3_config import Phase3Config
 from bitnet_jax.packed import unpack_weight
-from bitnet_jax.quantize import quantize_activations
 from bitnet_jax.train import data
 
 VOCAB = 300
-LLAMA = DecoderConfig(vocab_size=VOCAB, width=64, layers=2, heads=4, kv_heads=2, hidden=96)
+LLAMA = DecoderConfig(vocab_size=VOCAB, width=64, layers=1, heads=4, kv_heads=2, hidden=96)
 BITNET = dataclasses.replace(LLAMA, activation="relu2", sub_norms=True, rope_base=5e5)
 QWEN = dataclasses.replace(
-    LLAMA, tied=False, head_size=32, qkv_bias=True, qk_norm=True, rope_scaling=(8.0, 1.0, 4.0, 40)
+    LLAMA,
+    layers=1,
+    tied=False,
+    head_size=32,
+    qkv_bias=True,
+    qk_norm=True,
+    rope_scaling=(8.0, 1.0, 4.0, 40),
 )
+DEEP = dataclasses.replace(LLAMA, layers=2)
 IDS = np.random.default_rng(0).integers(0, VOCAB, (3, 11))
 TOKENIZER = data.train_tokenizer(["def f(x): return x\n"] * 9, VOCAB)
 
 
+@functools.cache
 def decoder(config=LLAMA, scheme=None, policy=None):
     """Random weights whose activations are not all small; packed where there is a policy."""
-    params = config.build(None).init(jax.random.key(0), IDS[:1])
-    noise = lambda x: 3 * x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-    params = jax.tree.map(noise, params)
+    shapes = jax.eval_shape(config.build(None).init, jax.random.key(0), IDS[:1])
+    rng = np.random.default_rng(0)
+    near = lambda path: float(path[-1].key == "scale")  # norms are about 1
+    draw = lambda path, x: jnp.float32(near(path) + 0.2 * rng.standard_normal(x.shape))
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
     params = convert(params, policy, scheme=scheme).tree if policy else params
     return ModelFolder(config, scheme, params, TOKENIZER)
+
+
+@functools.cache
+def logits_of(*arguments):
+    model = decoder(*arguments)
+    return np.asarray(jax.jit(model.model.apply)(model.params, IDS))
 
 
 def session(path):
     return onnxruntime.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
 
 
-def run(path, ids):
-    return session(path).run(None, {"input_ids": np.asarray(ids, np.int64)})[0]
-
-
-def assert_ours(model, path):
+def assert_ours(path, *arguments):
     """Logits within 1e-2 of ours, as the issue asks, and most tokens as near as float32 is.
 
     Integer sums are equal. What comes before an activation is rounded differs in float32's last
     digits, though, and where it lies between two codes the rounding may go the other way: that
     token, and those after it, are then off by about one code in 127 of one input.
     """
-    ours, theirs = np.asarray(model.model.apply(model.params, IDS)), run(path, IDS)
+    ours, loaded = logits_of(*arguments), session(path)
+    theirs = loaded.run(None, {"input_ids": IDS})[0]
     assert np.linalg.norm(theirs - ours) <= 1e-2 * np.linalg.norm(ours)
     near = np.abs(theirs - ours).max(-1) <= 1e-5 * np.abs(ours).max()
     assert near.mean() >= 0.75
-    # Any other batch and length, by the same session's graph.
-    part = run(path, IDS[:1, :4])
-    assert part.shape == (1, 4, VOCAB)
-    np.testing.assert_allclose(part, theirs[:1, :4], atol=1e-2 * np.abs(ours).max())
+    part = loaded.run(None, {"input_ids": IDS[:1, :4]})[0]  # any other batch and length
+    assert np.linalg.norm(part - ours[:1, :4]) <= 1e-2 * np.linalg.norm(ours[:1, :4])
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("scale", ["tensor", "channel", 32, 64, 48])
+@pytest.mark.parametrize("scale", ["tensor", "channel", 32, 64])
 def test_every_form_computes_what_our_model_does(tmp_path, form, scale):
-    model = decoder(BITNET, Scheme("twn", scale), Policy())
-    report = save(model, tmp_path / "out", form)
-    assert_ours(model, report.path)
-    assert_same_leaves(codes_of(report.path), model.params)
+    arguments = BITNET, Scheme("twn", scale), Policy()
+    report = save(decoder(*arguments), tmp_path / "out", form)
+    assert_ours(report.path, *arguments)
+    assert_same_leaves(codes_of(report.path), decoder(*arguments).params)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -91,10 +102,10 @@ def test_every_form_computes_what_our_model_does(tmp_path, form, scale):
     ],
 )
 def test_every_format_of_a_leaf(tmp_path, form, config, scheme, rules):
-    model = decoder(config, scheme, Policy((*rules, *Policy().rules)))
-    report = save(model, tmp_path / "out", form)
-    assert_ours(model, report.path)
-    assert_same_leaves(codes_of(report.path), model.params)
+    arguments = config, scheme, Policy((*rules, *Policy().rules))
+    report = save(decoder(*arguments), tmp_path / "out", form)
+    assert_ours(report.path, *arguments)
+    assert_same_leaves(codes_of(report.path), decoder(*arguments).params)
 
 
 def assert_same_leaves(found, params):
@@ -119,21 +130,18 @@ def assert_equal_leaf(a, b):
 
 def test_latent_and_float_models(tmp_path):
     latent = decoder(LLAMA, Scheme("absmean"))
-    assert_ours(latent, save(latent, tmp_path / "latent").path)
-    path = "layer_1/mlp/down/kernel"
-    kernel = latent.params["params"]["layer_1"]["mlp"]["down"]["kernel"]
-    assert_equal_leaf(
-        codes_of(tmp_path / "latent")[path], quantize_weights(kernel, Scheme("absmean"))
-    )
-    floats = decoder(LLAMA)
-    report = save(floats, tmp_path / "float")
+    assert_ours(save(latent, tmp_path / "latent").path, LLAMA, Scheme("absmean"))
+    kernel = latent.params["params"]["layer_0"]["mlp"]["down"]["kernel"]
+    leaf = codes_of(tmp_path / "latent")["layer_0/mlp/down/kernel"]
+    assert_equal_leaf(leaf, quantize_weights(kernel, Scheme("absmean")))
+    report = save(decoder(LLAMA), tmp_path / "float")
     assert report.form == "float" and codes_of(report.path) == {}
-    assert_ours(floats, report.path)
+    assert_ours(report.path, LLAMA)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_greedy_generation_is_ours(tmp_path, form):
-    model = decoder(LLAMA, Scheme("twn", "channel"), Policy())
+    model = decoder(DEEP, Scheme("twn", "channel"), Policy())
     path = save(model, tmp_path / "out", form).path
     loaded, tokens, prompt = session(path), IDS[:2, :5], jnp.asarray(IDS[:2, :5])
     for _ in range(12):
@@ -142,18 +150,20 @@ def test_greedy_generation_is_ours(tmp_path, form):
     np.testing.assert_array_equal(tokens, generate(model.model, model.params, prompt, 12))
 
 
-# Bits a weight of a 256 x 512 decoder's matrices, everything but the float16 table and norms
-# counted: a code, its share of the block's free place, scales, and the nodes' own few bytes.
-@pytest.mark.parametrize("form, bits", [("2bit", 2.6), ("4bit", 4.8), ("int8", 8.4), ("qdq", 8.4)])
+# Bits a weight: of a code, an eighth more of it for the free places of blocks, and an eighth of a
+# bit for scales. What is the same for all layers of a shape, and the nodes, is 80 kB at most.
+@pytest.mark.parametrize(
+    "form, bits", [("2bit", 2.375), ("4bit", 4.625), ("int8", 8.125), ("qdq", 8.125)]
+)
 def test_the_file_is_small(tmp_path, form, bits):
-    config = DecoderConfig(VOCAB, width=256, layers=2, heads=4, kv_heads=2, hidden=1024)
+    config = DecoderConfig(VOCAB, width=256, layers=1, heads=4, kv_heads=2, hidden=1024)
     model = decoder(config, Scheme("twn", "channel"), Policy())
     report = save(model, tmp_path / "out", form)
     tree = model.params["params"]
     weights = sum(leaf.codes.size for leaf in codes_of(report.path).values())
     file = (report.path / "model.onnx").stat().st_size
-    other = tree["embed"]["embedding"].nbytes + 2 * 5 * 256
-    assert file - other <= weights * bits / 8
+    other = tree["embed"]["embedding"].nbytes + 2 * 3 * 256
+    assert weights * int(bits) / 8 < file - other <= weights * bits / 8 + 80_000
     assert report.bytes == file + (report.path / "tokenizer.json").stat().st_size
 
 
@@ -173,9 +183,8 @@ def test_the_folder_and_its_report(tmp_path):
 def test_weights_beside_the_graph(tmp_path):
     model = decoder(LLAMA, Scheme("twn", "channel"), Policy())
     report = save(model, tmp_path / "out", external_above=10_000)
-    data = report.path / "model.onnx.data"
-    assert data.stat().st_size > 10 * (report.path / "model.onnx").stat().st_size / 20
-    assert_ours(model, report.path)
+    assert (report.path / "model.onnx.data").stat().st_size > report.bytes / 3
+    assert_ours(report.path, LLAMA, Scheme("twn", "channel"), Policy())
     assert_same_leaves(codes_of(report.path), model.params)
     graph = onnx.load_model(report.path / "model.onnx", load_external_data=False)
     for tensor in graph.graph.initializer:
@@ -187,32 +196,40 @@ def test_weights_beside_the_graph(tmp_path):
 
 
 SIZES = st.integers(1, 300)
-KINDS = st.sampled_from(["absmean", "twn", "sherry", "int8", "int4"])
-SCALES = st.sampled_from(["tensor", "channel", 16, 32, 48, 64, 128])
+KINDS = st.sampled_from([(Ternary, 1), (Int8, 127), (Int4, 7)])
+GROUPS = st.sampled_from([0, 16, 32, 48, 64, 128])
 
 
-@given(SIZES, st.integers(1, 40), KINDS, SCALES, st.sampled_from(FORMS), st.integers(0, 9))
+@given(SIZES, st.integers(1, 40), KINDS, GROUPS, st.booleans(), st.sampled_from(FORMS))
 @settings(max_examples=60)
-def test_products_of_any_shape_are_exact(size, out, rule, scale, form, seed):
-    """One product in onnxruntime beside integer sums in NumPy."""
-    rng = np.random.default_rng(seed)
-    leaf = quantize_weights(jnp.asarray(rng.standard_normal((size, out))), Scheme(rule, scale))
+def test_products_of_any_shape_are_exact(size, out, kind, group, wide, form):
+    """One product in onnxruntime beside integer sums in NumPy's float64."""
+    rng, (leaf, most) = np.random.default_rng(size + out), kind
+    codes = rng.integers(-most, most + 1, (size, out)).astype(np.int8)
+    scale = rng.uniform(0.1, 2, (-(-size // group) if group else 1, out if wide else 1))
+    leaf = leaf(codes, np.float32(scale), group)
     x = rng.standard_normal((1, 3, size)).astype(np.float32)
+    found = product(form, leaf, x)
+    largest = np.abs(x).max(-1, keepdims=True)
+    q = np.round(x * (np.float32(127) / largest)).astype(np.float64)
+    token = (largest / np.float32(127)).astype(np.float64)
+    values = codes * leaf.scale.astype(np.float64)[np.arange(size) // (group or size)]
+    most = (np.abs(q) @ np.abs(values) * token).max()
+    np.testing.assert_allclose(found, q @ values * token, rtol=2e-6, atol=2e-6 * most)
+
+
+def product(form, leaf, x):
+    """x times a leaf, computed by onnxruntime in a graph of this product alone."""
     g = Graph()
     y = PRODUCTS[form](g, "input_ids", "kernel", leaf)
-    model = g.model("input_ids", out, y, {})
-    model.graph.input[0].type.tensor_type.CopyFrom(
-        onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, ["batch", "length", size])
+    model = g.model("input_ids", leaf.codes.shape[1], y, {})
+    shape = ["batch", "length", x.shape[-1]]
+    model.graph.input[0].type.CopyFrom(
+        onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, shape)
     )
-    loaded = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    codes, token = (np.asarray(a, np.float64) for a in quantize_activations(jnp.asarray(x)))
-    rows = np.arange(size) // (leaf.group or size)
-    values = np.asarray(leaf.codes, np.float64) * np.asarray(leaf.scale, np.float64)[rows]
-    largest = (np.abs(codes) @ np.abs(values) * token).max()
-    found = loaded.run(None, {"input_ids": x})[0]
-    np.testing.assert_allclose(found, codes @ values * token, rtol=2e-6, atol=2e-6 * largest)
+    cpu = ["CPUExecutionProvider"]
+    loaded = onnxruntime.InferenceSession(model.SerializeToString(), providers=cpu)
+    return loaded.run(None, {"input_ids": x})[0]
 
 
 @given(SIZES, st.integers(1, 20), st.sampled_from([2, 4, 8]), st.integers(0, 9))
