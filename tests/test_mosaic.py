@@ -22,6 +22,7 @@ class Warps:
     def __init__(self, x, codes, out):
         self.x, self.codes, self.out = x, codes, out
         self.lane, self.warp = np.arange(32), np.arange(4)[:, None]
+        self.coming, self.groups, self.shared = [], [], {}
 
     constant = staticmethod(np.int32)
     add, mul, and_ = (staticmethod(f) for f in (np.add, np.multiply, np.bitwise_and))
@@ -37,6 +38,11 @@ class Warps:
         for i in range(turns):
             carry = body(i, carry)
         return carry
+
+    @staticmethod
+    def when(true, body):
+        if true:
+            body()
 
     @staticmethod
     def prmt(a, b, pick):
@@ -61,6 +67,23 @@ class Warps:
         assert (at % (4 * words) == 0).all(), "not aligned"
         assert (at >= 0).all() and (at + 4 * words <= array.nbytes).all(), "outside the array"
         return [array.reshape(-1).view(np.int32)[at // 4 + i] for i in range(words)]
+
+    def fetch(self, slot, place, *what):
+        self.coming.append(((int(slot), place), self.load(*what)))
+
+    def commit(self):
+        self.groups.append(self.coming)
+        self.coming = []
+
+    def wait(self, groups):
+        """Only what must have come by now is there."""
+        while len(self.groups) > groups:
+            self.shared.update(self.groups.pop(0))
+
+    def fetched(self, slot, place, words):
+        found = self.shared.pop((int(slot), place))
+        assert len(found) == words
+        return found
 
     def store(self, array, line, stride, offset, values, where):
         at, where = np.broadcast_arrays(line * stride + offset, where)

@@ -19,7 +19,8 @@ class Lane:
     (layers, lines, outputs), of which ``index`` (1,) picks one, ``shared`` room for `add_warps`.
     """
 
-    def __init__(self, x: Any, codes: Any, index: Any, out: Any, shared: Any):
+    def __init__(self, p: Any, x: Any, codes: Any, index: Any, out: Any, shared: Any):
+        self._words, self._pieces = p.width // 4, 2 * p.tiles
         self._i32, self._i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
         address = lambda ref, kind: llvm.ptrtoint(kind, utils.memref_ptr(ref))
         self.x, self.codes, self.out = (address(ref, self._i64) for ref in (x, codes, out))
@@ -44,9 +45,13 @@ class Lane:
 
     def loop(self, turns: int, carry: Any, body: Any) -> Any:
         """carry after ``turns`` times carry = body(i, carry)."""
-        if not turns:
-            return carry
+        if turns == 1:
+            return body(self.constant(0), carry)
         return gpu.fori(self.constant(turns), carry)(body).results
+
+    def when(self, true: Any, body: Any) -> None:
+        with gpu.when(true):
+            body()
 
     def prmt(self, a: Any, b: Any, pick: int) -> Any:
         """Four of the eight bytes of a (0 to 3) and b (4 to 7), by the digits of pick."""
@@ -67,6 +72,37 @@ class Lane:
         at = self._at(array, line, stride, offset)
         return self._ptx(f"ld.global.nc{many}, [${words}];", words, "l", at)
 
+    def fetch(self, slot: Any, place: int, array: Any, line: Any, stride: int, offset: Any, words: int):
+        """As `load`, to ``place`` of the lane's room in shared memory, of which each slot has one."""
+        kind = "cg" if words == 4 else "ca"  # past L1, where the instruction can
+        code = f"cp.async.{kind}.shared.global [$0], [$1], {4 * words};"
+        at = self._at(array, line, stride, offset)
+        self._ptx(code, 0, "rl", self._room(slot, place), at)
+
+    def commit(self) -> None:
+        """What was fetched since the last commit is a group."""
+        self._ptx("cp.async.commit_group;", 0, "")
+
+    def wait(self, groups: int) -> None:
+        """Until no more than the last so many groups are on their way."""
+        self._ptx(f"cp.async.wait_group {groups};", 0, "")
+
+    def fetched(self, slot: Any, place: int, words: int) -> list:
+        names = ", ".join(f"${i}" for i in range(words))
+        many = f".v{words}.b32 {{{names}}}" if words > 1 else ".b32 $0"
+        code = f"ld.shared{many}, [${words}];"
+        return self._ptx(code, words, "r", self._room(slot, place), moves=False)
+
+    def _room(self, slot: Any, place: int) -> Any:
+        """Places 0 to 7 hold ``words`` words of codes, the others four: lanes side by side."""
+        lane = self.add(self.mul(self.warp, 32), self.lane)
+        codes = 4 * self._words
+        size = codes if place < 8 else 16
+        before = 128 * (min(place, 8) * codes + max(place - 8, 0) * 16)
+        slot_size = 128 * (8 * codes + 16 * self._pieces)
+        at = self.add(self.mul(slot, slot_size), self.add(self.mul(lane, size), before))
+        return self.add(self._shared, at)
+
     def store(self, array: Any, line: Any, stride: int, offset: Any, values: list, where: Any):
         """``values`` from that byte on, in lanes ``where`` it is true."""
         names = ", ".join(f"${i + 1}" for i in range(len(values)))
@@ -81,6 +117,7 @@ class Lane:
             self._shared, self.mul(self.add(self.mul(self.add(self.mul(i, 4), warp), 32), self.lane), 4)
         )
         flat = [v for values in lists for v in values]
+        gpu.warpgroup_barrier()  # all have read what they fetched to the same place
         for i, value in enumerate(flat):
             self._ptx("st.shared.b32 [$0], $1;", 0, "rr", place(i, self.warp), value)
         gpu.warpgroup_barrier()

@@ -5,9 +5,9 @@ product wants inputs adjacent in memory and our bytes have outputs adjacent, so 
 square of them, turns it in registers and multiplies with `mma.sync`, the instruction that takes
 its operands from registers:
 
-- A warp takes 32 rows of bytes and 8 `width` outputs at a time. A lane loads `width` bytes of each
-  of eight rows, and a byte of a word is an output; eight `prmt` turn four words so that a byte is
-  an input, as the instruction wants it.
+- A warp takes 32 rows of bytes and 8 `width` outputs at a time. A lane copies `width` bytes of each
+  of eight rows to shared memory, several steps ahead, and reads what it copied itself; a byte of a
+  word is an output, and eight `prmt` turn four words so that a byte is an input.
 - Plane p of those words, 2 bits of each byte, is the codes of inputs 4 i + p. AND picks a plane;
   planes 1 and 3 stay where they are, four times too large, and their sums are divided once, in the
   end. The activations, few, are put in planes by XLA.
@@ -34,6 +34,7 @@ _WARPS = 4
 _TOKENS = 8  # rows of activations in one mma
 # Enough blocks to keep all multiprocessors (132 on Hopper) reading. More splits, more partial sums.
 _BLOCKS = 528
+_AHEAD = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Plan:
       tiles: groups of eight tokens that one block multiplies.
       splits: parts the inputs are cut into, each with sums of its own.
       steps: times a warp takes 32 rows.
+      ahead: steps whose bytes are on their way at once.
     """
 
     tokens: int
@@ -57,6 +59,7 @@ class Plan:
     tiles: int
     splits: int
     steps: int
+    ahead: int
 
     @property
     def columns(self) -> int:
@@ -76,20 +79,39 @@ class Plan:
     def padded_lines(self) -> int:
         return _ROWS * _WARPS * self.steps * self.splits
 
+    @property
+    def shared(self) -> int:
+        """Words of shared memory: what is on its way, and later the sums of the warps."""
+        of_a_step = 8 * self.width // 4 + 8 * self.tiles
+        return 32 * _WARPS * max(min(self.ahead, self.steps) * of_a_step, 2 * self.tiles * self.width)
 
-def plan(tokens: int, lines: int, outputs: int, blocks: int = _BLOCKS) -> Plan | None:
+
+def plan(
+    tokens: int,
+    lines: int,
+    outputs: int,
+    *,
+    blocks: int = _BLOCKS,
+    ahead: int = _AHEAD,
+    widest: int = 16,
+) -> Plan | None:
     """How to cut a product, or None for one the op does not take.
 
+    Args:
+      tokens, lines, outputs: as in `Plan`.
+      blocks: at least so many, where the product is large enough.
+      ahead, widest: bounds of `Plan.ahead` and `Plan.width`.
+
     >>> plan(1, 1024, 4096)
-    Plan(tokens=1, lines=1024, outputs=4096, width=16, tiles=1, splits=8, steps=1)
+    Plan(tokens=1, lines=1024, outputs=4096, width=16, tiles=1, splits=8, steps=1, ahead=4)
     """
-    widths = [w for w in (16, 8, 4) if outputs % w == 0]
+    widths = [w for w in (16, 8, 4) if outputs % w == 0 and w <= widest]
     if not widths or not tokens or not lines or not outputs:
         return None
     # Twice the tokens, half the width: as many accumulators, which is what registers are full of.
     tiles = 1 if tokens <= _TOKENS else 2
     width = next((w for w in widths if w * tiles <= 16), widths[-1])
-    cut = Plan(tokens, lines, outputs, width, tiles, 1, 1)
+    cut = Plan(tokens, lines, outputs, width, tiles, 1, 1, ahead)
     chunks = -(-lines // (_ROWS * _WARPS))
     splits = min(max(-(-blocks // (cut.columns * cut.heights)), 1), chunks)
     steps = -(-chunks // splits)
@@ -134,17 +156,20 @@ def multiply(m: Any, p: Plan, block: Any) -> None:
     ]
     start = m.add(m.mul(split, _WARPS * p.steps), m.warp)
 
-    def load(step):
+    def fetch(step, slot):
         chunk = m.add(start, m.mul(step, _WARPS))
         line = m.add(m.mul(chunk, _ROWS), m.mul(quad, 4))
-        rows = [m.min(m.add(line, i), p.lines - 1) for i in (0, 1, 2, 3, 16, 17, 18, 19)]
-        codes = [m.load(m.codes, row, p.outputs, output, words) for row in rows]
-        at = [m.add(m.mul(m.add(m.mul(chunk, p.tokens), t), 4), quad) for t in token]
-        x = [m.load(m.x, i, 32, 16 * half, 4) for i in at for half in range(2)]
-        return codes, x
+        for place, i in enumerate((0, 1, 2, 3, 16, 17, 18, 19)):
+            row = m.min(m.add(line, i), p.lines - 1)
+            m.fetch(slot, place, m.codes, row, p.outputs, output, words)
+        for t, one in enumerate(token):
+            at = m.add(m.mul(m.add(m.mul(chunk, p.tokens), one), 4), quad)
+            for half in range(2):
+                m.fetch(slot, 8 + 2 * t + half, m.x, at, 32, 16 * half, 4)
 
-    def step(sums, loaded):
-        codes, x = loaded
+    def step(sums, slot):
+        codes = [m.fetched(slot, i, words) for i in range(8)]
+        x = [m.fetched(slot, 8 + i, 4) for i in range(2 * p.tiles)]
         turns = [[turned(m, [row[i] for row in codes[h : h + 4]]) for h in (0, 4)]
                  for i in range(words)]  # fmt: skip
         for i in range(2 * words):  # a matrix of 16 outputs: two of each lane
@@ -161,17 +186,22 @@ def multiply(m: Any, p: Plan, block: Any) -> None:
                     sums[at] = m.mma(sums[at], part, b)
         return sums
 
+    ahead = min(p.ahead, p.steps)
+    for i in range(ahead):
+        fetch(i, i)
+        m.commit()
+
+    def turn(i, sums):
+        slot = m.rem(i, ahead)
+        m.wait(ahead - 1)
+        sums = step(sums, slot)
+        if p.steps > ahead:
+            m.when(m.less(m.add(i, ahead), p.steps), lambda: fetch(m.add(i, ahead), slot))
+        m.commit()  # of nothing at last, so that the groups to wait for stay as many
+        return sums
+
     zero = [m.constant(0)] * 4
-    sums = [list(zero) for _ in range(2 * words * p.tiles * 2)]
-    loaded = load(m.constant(0))
-
-    def turn(i, carry):
-        sums, loaded = carry
-        following = load(m.add(i, 1))  # on its way while the last is multiplied
-        return step(sums, loaded), following
-
-    sums, loaded = m.loop(p.steps - 1, (sums, loaded), turn)
-    sums = step(sums, loaded)
+    sums = m.loop(p.steps, [list(zero) for _ in range(2 * words * p.tiles * 2)], turn)
     whole = [
         [m.add(one, m.shift_signed(four, 2)) for one, four in zip(ones, fours)]
         for ones, fours in zip(sums[::2], sums[1::2])
@@ -196,6 +226,19 @@ def _write(m: Any, p: Plan, whole: list, output: Any, height: Any, split: Any, q
 
 
 @functools.cache
+def available() -> bool:
+    """Whether this process has a GPU that the op was run on: compute capability 9.0 or later."""
+    try:
+        return any(
+            float(getattr(device, "compute_capability", 0)) >= 9
+            for device in jax.devices()
+            if device.platform == "gpu"
+        )
+    except ValueError:  # another maker's GPU, whose name is no number
+        return False
+
+
+@functools.cache
 def _kernel(p: Plan):
     """int32 words of x, codes (layers, lines, outputs), index (1,) -> (splits, tokens, outputs)."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -207,14 +250,14 @@ def _kernel(p: Plan):
 
         @plgpu.inline_mgpu(arg_types=(*refs, plgpu.Layout.WG_SPLAT(())))
         def body(_, x, codes, index, out, shared, block):
-            multiply(Lane(x, codes, index, out, shared), p, block.registers.item())
+            multiply(Lane(p, x, codes, index, out, shared), p, block.registers.item())
 
         body(x, codes, index, out, shared, lax.axis_index("block"))
 
     return plgpu.kernel(
         packed_ternary,
         out_type=jax.ShapeDtypeStruct((p.splits, p.tokens, p.outputs), jnp.int32),
-        scratch_types=[plgpu.SMEM((2 * p.tiles * p.width * _WARPS * 32,), jnp.int32)],
+        scratch_types=[plgpu.SMEM((p.shared,), jnp.int32)],
         grid=(p.blocks,),
         grid_names=("block",),
         # A lane is what this is written for; 0.10 has it as its default, 0.11 has not.
@@ -222,9 +265,9 @@ def _kernel(p: Plan):
     )
 
 
-def _product(x: jax.Array, codes: jax.Array, index: jax.Array, blocks: int) -> jax.Array:
+def _product(x: jax.Array, codes: jax.Array, index: jax.Array, **cut: int) -> jax.Array:
     """x int8 (m, k), codes uint8 (layers, lines, n), index () -> int32 (m, n)."""
-    p = plan(x.shape[0], *codes.shape[1:], blocks)
+    p = plan(x.shape[0], *codes.shape[1:], **cut)
     if p is None:
         return xla.packed_product(x, codes, x.shape[1], index)
     parts = _kernel(p)(planes(x, p), codes, index.astype(jnp.int32)[None])
@@ -236,8 +279,7 @@ def packed_product(
     codes: jax.Array,
     in_features: int,
     index: jax.Array | None = None,
-    *,
-    blocks: int = _BLOCKS,
+    **cut: int,
 ) -> jax.Array:
     """int8 activations times packed ternary codes, on an NVIDIA GPU; see `xla.packed_product`.
 
@@ -250,7 +292,7 @@ def packed_product(
         of 4, is unpacked and multiplied by XLA.
       in_features: k.
       index: int32 (*batch), which layer of codes to multiply by; nothing is copied for it.
-      blocks: how many to cut the product into, at least and if it is large enough.
+      **cut: ``blocks``, ``ahead`` or ``widest`` of `plan`, to measure others than its own.
 
     Returns:
       int32 (*batch, rows, n). Batch axes broadcast.
@@ -259,5 +301,5 @@ def packed_product(
         raise ValueError(f"x {x.shape} and codes {codes.shape} do not fit {in_features} features")
     if index is None:
         codes, index = jnp.expand_dims(codes, -3), jnp.zeros((), jnp.int32)
-    product = functools.partial(_product, blocks=blocks)
+    product = functools.partial(_product, **cut)
     return jnp.vectorize(product, signature="(m,k),(l,p,n),()->(m,n)")(x, codes, index)
