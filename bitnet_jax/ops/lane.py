@@ -20,7 +20,7 @@ class Lane:
     """
 
     def __init__(self, p: Any, x: Any, codes: Any, index: Any, out: Any, shared: Any):
-        self._words, self._pieces = p.width // 4, 2 * p.tiles
+        self._room = p.shared  # bytes of a warp: a fourth of the words, four bytes each
         self._i32, self._i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
         address = lambda ref, kind: llvm.ptrtoint(kind, utils.memref_ptr(ref))
         self.x, self.codes, self.out = (address(ref, self._i64) for ref in (x, codes, out))
@@ -38,6 +38,7 @@ class Lane:
 
     add, mul, and_ = _binary(arith.addi), _binary(arith.muli), _binary(arith.andi)
     min, div, rem = _binary(arith.minsi), _binary(arith.divui), _binary(arith.remui)
+    xor = _binary(arith.xori)
     shift, shift_signed = _binary(arith.shrui), _binary(arith.shrsi)
 
     def less(self, a: Any, b: Any) -> Any:
@@ -72,12 +73,10 @@ class Lane:
         at = self._at(array, line, stride, offset)
         return self._ptx(f"ld.global.nc{many}, [${words}];", words, "l", at)
 
-    def fetch(self, slot: Any, place: int, array: Any, line: Any, stride: int, offset: Any, words: int):
-        """As `load`, to ``place`` of the lane's room in shared memory, of which each slot has one."""
-        kind = "cg" if words == 4 else "ca"  # past L1, where the instruction can
-        code = f"cp.async.{kind}.shared.global [$0], [$1], {4 * words};"
+    def fetch(self, place: Any, array: Any, line: Any, stride: int, offset: Any) -> None:
+        """16 bytes as `load` finds them, to a byte of the warp's shared memory, at some time."""
         at = self._at(array, line, stride, offset)
-        self._ptx(code, 0, "rl", self._room(slot, place), at)
+        self._ptx("cp.async.cg.shared.global [$0], [$1], 16;", 0, "rl", self._mine(place), at)
 
     def commit(self) -> None:
         """What was fetched since the last commit is a group."""
@@ -87,21 +86,19 @@ class Lane:
         """Until no more than the last so many groups are on their way."""
         self._ptx(f"cp.async.wait_group {groups};", 0, "")
 
-    def fetched(self, slot: Any, place: int, words: int) -> list:
+    def meet(self) -> None:
+        """All lanes of the warp are here, and see what the others wrote."""
+        self._ptx("bar.warp.sync 0xffffffff;", 0, "")
+
+    def fetched(self, place: Any, words: int) -> list:
+        """Words from a byte of the warp's shared memory on."""
         names = ", ".join(f"${i}" for i in range(words))
         many = f".v{words}.b32 {{{names}}}" if words > 1 else ".b32 $0"
         code = f"ld.shared{many}, [${words}];"
-        return self._ptx(code, words, "r", self._room(slot, place), moves=False)
+        return self._ptx(code, words, "r", self._mine(place), moves=False)
 
-    def _room(self, slot: Any, place: int) -> Any:
-        """Places 0 to 7 hold ``words`` words of codes, the others four: lanes side by side."""
-        lane = self.add(self.mul(self.warp, 32), self.lane)
-        codes = 4 * self._words
-        size = codes if place < 8 else 16
-        before = 128 * (min(place, 8) * codes + max(place - 8, 0) * 16)
-        slot_size = 128 * (8 * codes + 16 * self._pieces)
-        at = self.add(self.mul(slot, slot_size), self.add(self.mul(lane, size), before))
-        return self.add(self._shared, at)
+    def _mine(self, place: Any) -> Any:
+        return self.add(self._shared, self.add(self.mul(self.warp, self._room), place))
 
     def store(self, array: Any, line: Any, stride: int, offset: Any, values: list, where: Any):
         """``values`` from that byte on, in lanes ``where`` it is true."""

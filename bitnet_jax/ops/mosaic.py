@@ -1,13 +1,13 @@
 """A few rows from packed codes on NVIDIA GPUs: int8 tensor cores fed with the bytes as they lie.
 
 Written for Pallas's Mosaic GPU backend, which needs no compiler of the user's. Mosaic's own matrix
-product wants inputs adjacent in memory and our bytes have outputs adjacent, so each lane loads a
+product wants inputs adjacent in memory and our bytes have outputs adjacent, so each lane reads a
 square of them, turns it in registers and multiplies with `mma.sync`, the instruction that takes
 its operands from registers:
 
-- A warp takes 32 rows of bytes and 8 `width` outputs at a time. A lane copies `width` bytes of each
-  of eight rows to shared memory, several steps ahead, and reads what it copied itself; a byte of a
-  word is an output, and eight `prmt` turn four words so that a byte is an input.
+- A warp takes 32 rows of bytes and 8 `width` outputs at a time. They are copied to shared memory,
+  several steps ahead; a lane reads `width` bytes of each of eight rows, where a byte of a word is an
+  output, and eight `prmt` turn four words so that a byte is an input.
 - Plane p of those words, 2 bits of each byte, is the codes of inputs 4 i + p. AND picks a plane;
   planes 1 and 3 stay where they are, four times too large, and their sums are divided once, in the
   end. The activations, few, are put in planes by XLA.
@@ -45,7 +45,7 @@ class Plan:
       tokens: rows of activations.
       lines: rows of bytes, a quarter of the inputs.
       outputs: columns of bytes.
-      width: outputs a lane loads at once, in bytes: 4, 8 or 16. They divide the outputs.
+      width: outputs of a lane, each a byte: 4, 8 or 16.
       tiles: groups of eight tokens that one block multiplies.
       splits: parts the inputs are cut into, each with sums of its own.
       steps: times a warp takes 32 rows.
@@ -82,8 +82,8 @@ class Plan:
     @property
     def shared(self) -> int:
         """Words of shared memory: what is on its way, and later the sums of the warps."""
-        of_a_step = 8 * self.width // 4 + 8 * self.tiles
-        return 32 * _WARPS * max(min(self.ahead, self.steps) * of_a_step, 2 * self.tiles * self.width)
+        coming = min(self.ahead, self.steps) * 2 * self.width
+        return 32 * _WARPS * max(coming, 2 * self.tiles * self.width)
 
 
 def plan(
@@ -105,12 +105,11 @@ def plan(
     >>> plan(1, 1024, 4096)
     Plan(tokens=1, lines=1024, outputs=4096, width=16, tiles=1, splits=8, steps=1, ahead=4)
     """
-    widths = [w for w in (16, 8, 4) if outputs % w == 0 and w <= widest]
-    if not widths or not tokens or not lines or not outputs:
+    if outputs % 16 or not (tokens and lines and outputs):
         return None
     # Twice the tokens, half the width: as many accumulators, which is what registers are full of.
     tiles = 1 if tokens <= _TOKENS else 2
-    width = next((w for w in widths if w * tiles <= 16), widths[-1])
+    width = min(16 // tiles, widest)
     cut = Plan(tokens, lines, outputs, width, tiles, 1, 1, ahead)
     chunks = -(-lines // (_ROWS * _WARPS))
     splits = min(max(-(-blocks // (cut.columns * cut.heights)), 1), chunks)
@@ -143,47 +142,59 @@ def multiply(m: Any, p: Plan, block: Any) -> None:
 
     Adds up 8 `width` outputs of 8 `tiles` tokens over the rows of bytes of its split.
     """
-    words = p.width // 4
     group, quad = m.shift(m.lane, 2), m.and_(m.lane, 3)  # the lane's output and its four inputs
     column, block = m.rem(block, p.columns), m.div(block, p.columns)
     height, split = m.rem(block, p.heights), m.div(block, p.heights)
-    # Lanes past the end do again what the last ones do, so that all of them may read and write.
-    first = m.mul(m.add(m.mul(column, 8), group), p.width)
-    output = m.min(first, p.outputs - p.width)
+    left = m.mul(column, 8 * p.width)
+    # Pieces past the end are the last one again, so that everybody may read and write.
+    piece = lambda i: m.min(m.add(left, m.mul(i, 16)), p.outputs - 16)
+    of_piece = 16 // p.width  # lanes that share one
+    output = m.add(piece(m.div(group, of_piece)), m.mul(m.rem(group, of_piece), p.width))
     token = [
         m.min(m.add(m.mul(height, _TOKENS * p.tiles), m.add(group, _TOKENS * t)), p.tokens - 1)
         for t in range(p.tiles)
     ]
     start = m.add(m.mul(split, _WARPS * p.steps), m.warp)
 
-    def fetch(step, slot):
-        chunk = m.add(start, m.mul(step, _WARPS))
-        line = m.add(m.mul(chunk, _ROWS), m.mul(quad, 4))
-        for place, i in enumerate((0, 1, 2, 3, 16, 17, 18, 19)):
-            row = m.min(m.add(line, i), p.lines - 1)
-            m.fetch(slot, place, m.codes, row, p.outputs, output, words)
-        for t, one in enumerate(token):
-            at = m.add(m.mul(m.add(m.mul(chunk, p.tokens), one), 4), quad)
-            for half in range(2):
-                m.fetch(slot, 8 + 2 * t + half, m.x, at, 32, 16 * half, 4)
+    def place(slot, row, piece):
+        """Where a row's piece of 16 bytes lies, of the warp's own shared memory.
 
-    def step(sums, slot):
-        codes = [m.fetched(slot, i, words) for i in range(8)]
-        x = [m.fetched(slot, 8 + i, 4) for i in range(2 * p.tiles)]
-        turns = [[turned(m, [row[i] for row in codes[h : h + 4]]) for h in (0, 4)]
-                 for i in range(words)]  # fmt: skip
-        for i in range(2 * words):  # a matrix of 16 outputs: two of each lane
-            near, far = (half[2 * (i % 2) :][:2] for half in turns[i // 2])
-            a = [*near, *far]
-            moved = [m.shift(v, 4) for v in a]
-            for plane, (source, mask) in enumerate(
-                ((a, 0x03030303), (a, 0x0C0C0C0C), (moved, 0x03030303), (moved, 0x0C0C0C0C))
-            ):
-                part = [m.and_(v, mask) for v in source]
-                for t in range(p.tiles):
-                    b = x[2 * t + plane // 2][2 * (plane % 2) :][:2]
-                    at = (i * p.tiles + t) * 2 + plane % 2
-                    sums[at] = m.mma(sums[at], part, b)
+        Row 16 h + 4 q + i is the (16 h + 4 i + q)th, and its pieces are exchanged by q: lanes that
+        read at once, of all q and neighbouring outputs, then meet all banks.
+        """
+        q = m.and_(m.shift(row, 2), 3)
+        line = m.add(m.and_(row, 16), m.add(m.mul(m.and_(row, 3), 4), q))
+        by = {16: m.mul(q, 2), 8: m.and_(q, 2), 4: 0}[p.width]
+        at = m.add(m.mul(line, 8 * p.width), m.mul(m.xor(piece, by), 16))
+        return m.add(m.mul(slot, _ROWS * 8 * p.width), at)
+
+    def fetch(step, slot):
+        """32 rows on their way, neighbouring lanes neighbouring pieces."""
+        chunk = m.mul(m.add(start, m.mul(step, _WARPS)), _ROWS)
+        pieces = p.width // 2  # of a row
+        for i in range(0, _ROWS, 32 // pieces):
+            row, mine = m.add(m.div(m.lane, pieces), i), m.rem(m.lane, pieces)
+            line = m.min(m.add(chunk, row), p.lines - 1)
+            m.fetch(place(slot, row, mine), m.codes, line, p.outputs, piece(mine))
+
+    def load(step):
+        """The activations that meet them: words (plane, half of the rows) of each tile."""
+        chunk = m.add(start, m.mul(step, _WARPS))
+        at = [m.add(m.mul(m.add(m.mul(chunk, p.tokens), t), 4), quad) for t in token]
+        return [m.load(m.x, i, 32, 0, 4) + m.load(m.x, i, 32, 16, 4) for i in at]
+
+    def read(slot, half, i):
+        row = m.add(m.mul(quad, 4), 16 * half + i)
+        within = m.mul(m.rem(group, of_piece), p.width)
+        return m.fetched(m.add(place(slot, row, m.div(group, of_piece)), within), p.width // 4)
+
+    def step(sums, slot, x):
+        codes = [[read(slot, half, i) for i in range(4)] for half in range(2)]
+        for word in range(p.width // 4):
+            turns = [turned(m, [row[word] for row in half]) for half in codes]
+            for two in range(2):  # a matrix of 16 outputs: two of each lane
+                a = [v for half in turns for v in half[2 * two : 2 * two + 2]]
+                _planes(m, sums, 2 * (2 * word + two) * p.tiles, a, x)
         return sums
 
     ahead = min(p.ahead, p.steps)
@@ -192,21 +203,35 @@ def multiply(m: Any, p: Plan, block: Any) -> None:
         m.commit()
 
     def turn(i, sums):
-        slot = m.rem(i, ahead)
+        slot, x = m.rem(i, ahead), load(i)
         m.wait(ahead - 1)
-        sums = step(sums, slot)
+        m.meet()  # what the other lanes fetched is there
+        sums = step(sums, slot, x)
         if p.steps > ahead:
+            m.meet()  # the other lanes have read
             m.when(m.less(m.add(i, ahead), p.steps), lambda: fetch(m.add(i, ahead), slot))
         m.commit()  # of nothing at last, so that the groups to wait for stay as many
         return sums
 
     zero = [m.constant(0)] * 4
-    sums = m.loop(p.steps, [list(zero) for _ in range(2 * words * p.tiles * 2)], turn)
+    sums = m.loop(p.steps, [list(zero) for _ in range(p.width * p.tiles)], turn)
     whole = [
         [m.add(one, m.shift_signed(four, 2)) for one, four in zip(ones, fours)]
         for ones, fours in zip(sums[::2], sums[1::2])
     ]
     _write(m, p, whole, output, height, split, quad)
+
+
+def _planes(m: Any, sums: list, first: int, a: list, x: list) -> None:
+    """The four planes of a (16 outputs, 32 rows) times each tile of x, to sums from ``first`` on:
+    of each tile those of planes 0 and 2, and those of 1 and 3, four times too large."""
+    moved = [m.shift(v, 4) for v in a]
+    for plane in range(4):
+        mask = (0x03030303, 0x0C0C0C0C)[plane % 2]
+        part = [m.and_(v, mask) for v in (moved if plane > 1 else a)]
+        for t, words in enumerate(x):
+            at = first + 2 * t + plane % 2
+            sums[at] = m.mma(sums[at], part, words[2 * plane : 2 * plane + 2])
 
 
 def _write(m: Any, p: Plan, whole: list, output: Any, height: Any, split: Any, quad: Any) -> None:
@@ -289,7 +314,7 @@ def packed_product(
       x: int8 (*batch, rows, k). Bytes are read again for every 16 rows: for many, unpack.
       codes: uint8 (*batch, ceil(k / 4), n), as `bitnet_jax.packed.pack_codes` makes them; with an
         index (*batch, layers, ceil(k / 4), n). A product `plan` does not take, with n no multiple
-        of 4, is unpacked and multiplied by XLA.
+        of 16, is unpacked and multiplied by XLA.
       in_features: k.
       index: int32 (*batch), which layer of codes to multiply by; nothing is copied for it.
       **cut: ``blocks``, ``ahead`` or ``widest`` of `plan`, to measure others than its own.
