@@ -1,4 +1,6 @@
-"""The GPU op: each lane computed in numpy, the kernel lowered for CUDA; run where there is a GPU."""
+"""The GPU ops: each lane computed in numpy, kernels lowered for CUDA, run where there is a GPU."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.export import DisabledSafetyCheck, export
 
-from bitnet_jax import ops
+from bitnet_jax import dot_general, ops, quantize_weights
 from bitnet_jax.ops import mosaic
+from bitnet_jax.packed import pack_weight
 
 from .test_ops import check, draw, packed, product
 
@@ -127,7 +130,7 @@ def in_numpy(x, codes, **how):
     return out.sum(0) - x.sum(1, keepdims=True, dtype=np.int32)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.integers(1, 40), st.integers(1, 2000), st.integers(1, 20), st.integers(1, 60),
     st.integers(1, 4), st.sampled_from([4, 8, 16]), st.integers(0, 99),
@@ -181,3 +184,72 @@ def test_what_it_does_not_take_is_unpacked():
     f = lambda x, codes: mosaic.packed_product(x, codes, 5)
     text = lowered(f, shaped(jnp.int8, 1, 5), shaped(jnp.uint8, 2, 7))
     assert "mosaic_gpu" not in text and "dot_general" in text
+
+
+def test_scaled_product_fits():
+    fits = lambda *a, dtype=jnp.bfloat16: ops.scaled.fits(*a, dtype)
+    assert fits(256, 128, 128) and fits(256, 128, 128, dtype=jnp.dtype("float32"))
+    assert not any(map(fits, (128, 256, 256, 0), (128, 64, 128, 128), (128, 128, 64, 128)))
+    assert not fits(256, 128, 128, dtype=jnp.float16)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_scaled_product_lowers_for_cuda(dtype):
+    f = lambda *a: ops.scaled.scaled_product(*a, dtype)
+    scales = shaped(jnp.float32, 512, 1), shaped(jnp.float32, 1, 1)
+    text = lowered(f, shaped(jnp.int8, 512, 256), scales[0], shaped(jnp.int8, 256, 384), scales[1])
+    assert "mosaic_gpu_v2" in text
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(mosaic, "available", lambda: True)
+
+
+@pytest.mark.parametrize("packed_", [False, True])
+def test_a_step_takes_the_kernels(as_on_a_gpu, packed_):
+    """Many rows of latent or packed weights, under vmap, remat and grad; no kernel on the CPU."""
+    dims = (((1,), (0,)), ((), ()))
+
+    def loss(w, x):
+        w = pack_weight(quantize_weights(w)) if packed_ else w
+        y = jax.checkpoint(lambda x, w: dot_general(x, w, dims))(x, w)
+        return (y.astype(jnp.float32) ** 2).sum()
+
+    step = jax.vmap(jax.grad(loss, 1), (None, 0))
+    text = lowered(step, shaped(jnp.float32, 128, 128), shaped(jnp.bfloat16, 2, 256, 128))
+    assert "mosaic_gpu_v2" in text
+    here = jax.jit(step).lower(jnp.ones((128, 128)), jnp.ones((2, 256, 128), jnp.bfloat16))
+    assert "mosaic_gpu" not in here.as_text()
+
+
+def test_few_rows_take_the_op(as_on_a_gpu):
+    f = lambda x, codes: ops.packed_product(x, codes, 64)
+    codes = shaped(jnp.uint8, 16, 32)
+    assert "mosaic_gpu_v2" in lowered(f, shaped(jnp.int8, 2, 64), codes)
+    assert "mosaic_gpu" not in lowered(f, shaped(jnp.int8, 200, 64), codes)
+
+
+@pytest.mark.parametrize("size", [1, 5, 33, 63, 64])
+def test_inputs_in_whole_words(size):
+    """XLA's int8 products on GPUs are wrong without (see `xla._whole`); here they stay right."""
+    x, codes = draw(1, 3, 2, size), draw(2, 3, size, 7, low=-1, high=2)
+    f = jax.jit(lambda x, codes: ops.integer_product(x, codes, 1))
+    np.testing.assert_array_equal(f(x, codes), product(x, codes))
+    (found,) = re.findall(r"dot_general .*tensor<3x2x(\d+)xi8>", f.lower(x, codes).as_text())
+    assert int(found) == (size if size % 4 == 0 else -(-size // 32) * 32)
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU here")
+@pytest.mark.parametrize("rows, k, n", [(1, 530, 64), (9, 4100, 272), (40, 999, 16)])
+def test_on_the_gpu(rows, k, n):
+    check(mosaic.packed_product, draw(1, rows, k), draw(2, k, n, low=-1, high=2))
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU here")
+def test_scaled_product_on_the_gpu():
+    x, codes = jnp.asarray(draw(1, 512, 256)), jnp.asarray(draw(2, 256, 384, low=-1, high=2))
+    rows, columns = jax.random.uniform(jax.random.key(0), (512, 1)), jnp.full((1, 384), 0.3)
+    out = ops.scaled.scaled_product(x, rows, codes, columns, jnp.bfloat16)
+    expected = ops.integer_product(x, codes).astype(jnp.float32) * columns * rows
+    np.testing.assert_array_equal(out, expected.astype(jnp.bfloat16))

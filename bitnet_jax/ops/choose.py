@@ -5,8 +5,8 @@
 | cpu      | any   | native | C++, reads 2 bits a weight; where a compiler is there            |
 | cpu      | 1, 2  | decode | plain JAX on packed bytes; without a compiler                    |
 | cpu      | 3 ... | xla    | unpacks, then XLA's int8 product; without a compiler             |
-| cuda     | 1-16  | mosaic | int8 tensor cores on packed bytes; Hopper and later, n = 4 i     |
-| other    | any   | xla    | more rows on a GPU: to unpack once is cheaper; TPU               |
+| cuda     | 1-128 | mosaic | int8 tensor cores on packed bytes; one GPU, Hopper or later      |
+| other    | any   | xla    | more rows or several GPUs; TPU                                   |
 
 Every op gives the same int32 accumulators, to the bit, so the choice is never seen in a result.
 `bitnet-jax doctor` prints what this machine has; benchmarks/products.py times the ops.
@@ -27,7 +27,7 @@ OPS = {
 }
 # More rows than this unpack once rather than walk over the bytes again for each of them.
 _FEW = 2
-_FEW_ON_GPU = 16
+_FEW_ON_GPU = 128
 
 
 def choose(platform: str, rows: int) -> str:

@@ -1,4 +1,4 @@
-"""One lane of an NVIDIA GPU as MLIR: the dozen instructions that `mosaic.multiply` is written in."""
+"""One lane of an NVIDIA GPU, in MLIR: the few instructions that `mosaic.multiply` is written in."""
 
 from typing import Any
 
@@ -111,7 +111,8 @@ class Lane:
     def add_warps(self, lists: list[list]) -> list[list]:
         """Of each list's sums over the four warps, warp w the w-th fourth."""
         place = lambda i, warp: self.add(
-            self._shared, self.mul(self.add(self.mul(self.add(self.mul(i, 4), warp), 32), self.lane), 4)
+            self._shared,
+            self.mul(self.add(self.mul(self.add(self.mul(i, 4), warp), 32), self.lane), 4),
         )
         flat = [v for values in lists for v in values]
         gpu.warpgroup_barrier()  # all have read what they fetched to the same place

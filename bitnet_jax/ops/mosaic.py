@@ -5,9 +5,9 @@ product wants inputs adjacent in memory and our bytes have outputs adjacent, so 
 square of them, turns it in registers and multiplies with `mma.sync`, the instruction that takes
 its operands from registers:
 
-- A warp takes 32 rows of bytes and 8 `width` outputs at a time. They are copied to shared memory,
-  several steps ahead; a lane reads `width` bytes of each of eight rows, where a byte of a word is an
-  output, and eight `prmt` turn four words so that a byte is an input.
+- A warp takes 32 rows of bytes and 8 `width` outputs at a time. They are copied to shared memory
+  several steps ahead. A lane reads `width` bytes of each of eight rows, where a byte of a word is
+  an output, and eight `prmt` turn four words so that a byte is an input.
 - Plane p of those words, 2 bits of each byte, is the codes of inputs 4 i + p. AND picks a plane;
   planes 1 and 3 stay where they are, four times too large, and their sums are divided once, in the
   end. The activations, few, are put in planes by XLA.
@@ -252,14 +252,17 @@ def _write(m: Any, p: Plan, whole: list, output: Any, height: Any, split: Any, q
 
 @functools.cache
 def available() -> bool:
-    """Whether this process has a GPU that the op was run on: compute capability 9.0 or later."""
+    """Whether kernels are picked here: one GPU, of compute capability 9.0 (Hopper) or later.
+
+    With several XLA cuts a program between them, which it cannot do with a kernel: it would gather
+    the operands. Inside `jax.shard_map`, where the user has cut, ask for ``op="mosaic"``.
+    """
+    devices = jax.devices()
+    if len(devices) != 1 or devices[0].platform != "gpu":
+        return False
     try:
-        return any(
-            float(getattr(device, "compute_capability", 0)) >= 9
-            for device in jax.devices()
-            if device.platform == "gpu"
-        )
-    except ValueError:  # another maker's GPU, whose name is no number
+        return float(devices[0].compute_capability) >= 9
+    except (AttributeError, ValueError):  # another maker's GPU, whose name is no number
         return False
 
 
