@@ -102,7 +102,7 @@ def _scaled(x: jax.Array, weight: Quantized | PackedTernary, batch_dims: int, op
 
 
 def _rescaled(codes, scale, weight, batch_dims, dtype, op):
-    """`_scaled` times the activations' scale, in dtype; one kernel on a Hopper GPU, of many rows."""
+    """`_scaled` times the activations' scale, in dtype; one kernel for many rows on Hopper."""
     plain = lambda *a: (_scaled(a[0], a[2], batch_dims, op) * a[1]).astype(dtype)
     shape, outputs = codes.shape, weight.codes.shape[-1]
     fits = scaled.fits(math.prod(shape[:-1]), shape[-1], outputs, dtype) and mosaic.available()

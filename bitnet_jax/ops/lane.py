@@ -1,4 +1,4 @@
-"""One lane of an NVIDIA GPU, in MLIR: the few instructions that `mosaic.multiply` is written in."""
+"""A lane of an NVIDIA GPU, in MLIR: the dozen instructions `mosaic.multiply` is written in."""
 
 from typing import Any
 
@@ -19,8 +19,7 @@ class Lane:
     (layers, lines, outputs), of which ``index`` (1,) picks one, ``shared`` room for `add_warps`.
     """
 
-    def __init__(self, p: Any, x: Any, codes: Any, index: Any, out: Any, shared: Any):
-        self._room = p.shared  # bytes of a warp: a fourth of the words, four bytes each
+    def __init__(self, x: Any, codes: Any, index: Any, out: Any, shared: Any):
         self._i32, self._i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
         address = lambda ref, kind: llvm.ptrtoint(kind, utils.memref_ptr(ref))
         self.x, self.codes, self.out = (address(ref, self._i64) for ref in (x, codes, out))
@@ -38,7 +37,6 @@ class Lane:
 
     add, mul, and_ = _binary(arith.addi), _binary(arith.muli), _binary(arith.andi)
     min, div, rem = _binary(arith.minsi), _binary(arith.divui), _binary(arith.remui)
-    xor = _binary(arith.xori)
     shift, shift_signed = _binary(arith.shrui), _binary(arith.shrsi)
 
     def less(self, a: Any, b: Any) -> Any:
@@ -46,13 +44,9 @@ class Lane:
 
     def loop(self, turns: int, carry: Any, body: Any) -> Any:
         """carry after ``turns`` times carry = body(i, carry)."""
-        if turns == 1:
-            return body(self.constant(0), carry)
+        if not turns:
+            return carry
         return gpu.fori(self.constant(turns), carry)(body).results
-
-    def when(self, true: Any, body: Any) -> None:
-        with gpu.when(true):
-            body()
 
     def prmt(self, a: Any, b: Any, pick: int) -> Any:
         """Four of the eight bytes of a (0 to 3) and b (4 to 7), by the digits of pick."""
@@ -73,33 +67,6 @@ class Lane:
         at = self._at(array, line, stride, offset)
         return self._ptx(f"ld.global.nc{many}, [${words}];", words, "l", at)
 
-    def fetch(self, place: Any, array: Any, line: Any, stride: int, offset: Any) -> None:
-        """16 bytes as `load` finds them, to a byte of the warp's shared memory, at some time."""
-        at = self._at(array, line, stride, offset)
-        self._ptx("cp.async.cg.shared.global [$0], [$1], 16;", 0, "rl", self._mine(place), at)
-
-    def commit(self) -> None:
-        """What was fetched since the last commit is a group."""
-        self._ptx("cp.async.commit_group;", 0, "")
-
-    def wait(self, groups: int) -> None:
-        """Until no more than the last so many groups are on their way."""
-        self._ptx(f"cp.async.wait_group {groups};", 0, "")
-
-    def meet(self) -> None:
-        """All lanes of the warp are here, and see what the others wrote."""
-        self._ptx("bar.warp.sync 0xffffffff;", 0, "")
-
-    def fetched(self, place: Any, words: int) -> list:
-        """Words from a byte of the warp's shared memory on."""
-        names = ", ".join(f"${i}" for i in range(words))
-        many = f".v{words}.b32 {{{names}}}" if words > 1 else ".b32 $0"
-        code = f"ld.shared{many}, [${words}];"
-        return self._ptx(code, words, "r", self._mine(place), moves=False)
-
-    def _mine(self, place: Any) -> Any:
-        return self.add(self._shared, self.add(self.mul(self.warp, self._room), place))
-
     def store(self, array: Any, line: Any, stride: int, offset: Any, values: list, where: Any):
         """``values`` from that byte on, in lanes ``where`` it is true."""
         names = ", ".join(f"${i + 1}" for i in range(len(values)))
@@ -115,7 +82,6 @@ class Lane:
             self.mul(self.add(self.mul(self.add(self.mul(i, 4), warp), 32), self.lane), 4),
         )
         flat = [v for values in lists for v in values]
-        gpu.warpgroup_barrier()  # all have read what they fetched to the same place
         for i, value in enumerate(flat):
             self._ptx("st.shared.b32 [$0], $1;", 0, "rr", place(i, self.warp), value)
         gpu.warpgroup_barrier()
@@ -143,7 +109,7 @@ class Lane:
         """Inline PTX: $0, $1, ... are its i32 results, then its operands, of ``kinds`` r or l."""
         kind = {0: ir.Type.parse("!llvm.void"), 1: self._i32}.get(results)
         kind = kind or llvm.StructType.get_literal([self._i32] * results)
-        value = llvm.inline_asm(
+        value: Any = llvm.inline_asm(
             kind,
             [self.constant(v) for v in operands],
             code,

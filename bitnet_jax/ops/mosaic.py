@@ -1,13 +1,13 @@
 """A few rows from packed codes on NVIDIA GPUs: int8 tensor cores fed with the bytes as they lie.
 
 Written for Pallas's Mosaic GPU backend, which needs no compiler of the user's. Mosaic's own matrix
-product wants inputs adjacent in memory and our bytes have outputs adjacent, so each lane reads a
+product wants inputs adjacent in memory and our bytes have outputs adjacent, so each lane loads a
 square of them, turns it in registers and multiplies with `mma.sync`, the instruction that takes
 its operands from registers:
 
-- A warp takes 32 rows of bytes and 8 `width` outputs at a time. They are copied to shared memory
-  several steps ahead. A lane reads `width` bytes of each of eight rows, where a byte of a word is
-  an output, and eight `prmt` turn four words so that a byte is an input.
+- A warp takes 32 rows of bytes and 8 `width` outputs at a time. A lane loads `width` bytes of each
+  of eight rows, and a byte of a word is an output; eight `prmt` turn four words so that a byte is
+  an input, as the instruction wants it.
 - Plane p of those words, 2 bits of each byte, is the codes of inputs 4 i + p. AND picks a plane;
   planes 1 and 3 stay where they are, four times too large, and their sums are divided once, in the
   end. The activations, few, are put in planes by XLA.
@@ -15,8 +15,9 @@ its operands from registers:
 - The four warps of a block take different rows and add up in shared memory; the blocks of a split
   of the inputs write their sums apart, and XLA adds these to whatever comes after.
 
-The arithmetic is written against a machine of a dozen instructions, `lane.Lane` on the GPU, and numpy
-in tests/test_mosaic.py, where every lane is computed without one.
+The arithmetic is written against a machine of a dozen instructions: `lane.Lane` on the GPU, numpy
+in tests/test_mosaic.py, where every lane is computed without one. Copies to shared memory, several
+steps ahead, were tried and are no faster (20.5 us beside 19.4, benchmarks/results/gpu.txt).
 """
 
 import dataclasses
@@ -32,9 +33,9 @@ from . import xla
 _ROWS = 32  # rows of bytes that meet in one mma: its inputs, of each plane
 _WARPS = 4
 _TOKENS = 8  # rows of activations in one mma
-# Enough blocks to keep all multiprocessors (132 on Hopper) reading. More splits, more partial sums.
-_BLOCKS = 528
-_AHEAD = 4
+# Two blocks for each of 132 multiprocessors, which is what fits the registers. Measured on an H200
+# against two and four times as many (benchmarks/results/gpu.txt).
+_BLOCKS = 264
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +46,10 @@ class Plan:
       tokens: rows of activations.
       lines: rows of bytes, a quarter of the inputs.
       outputs: columns of bytes.
-      width: outputs of a lane, each a byte: 4, 8 or 16.
+      width: outputs a lane loads at once, in bytes: 4, 8 or 16. They divide the outputs.
       tiles: groups of eight tokens that one block multiplies.
       splits: parts the inputs are cut into, each with sums of its own.
       steps: times a warp takes 32 rows.
-      ahead: steps whose bytes are on their way at once.
     """
 
     tokens: int
@@ -59,7 +59,6 @@ class Plan:
     tiles: int
     splits: int
     steps: int
-    ahead: int
 
     @property
     def columns(self) -> int:
@@ -79,38 +78,20 @@ class Plan:
     def padded_lines(self) -> int:
         return _ROWS * _WARPS * self.steps * self.splits
 
-    @property
-    def shared(self) -> int:
-        """Words of shared memory: what is on its way, and later the sums of the warps."""
-        coming = min(self.ahead, self.steps) * 2 * self.width
-        return 32 * _WARPS * max(coming, 2 * self.tiles * self.width)
 
-
-def plan(
-    tokens: int,
-    lines: int,
-    outputs: int,
-    *,
-    blocks: int = _BLOCKS,
-    ahead: int = _AHEAD,
-    widest: int = 16,
-) -> Plan | None:
+def plan(tokens: int, lines: int, outputs: int, blocks: int = _BLOCKS) -> Plan | None:
     """How to cut a product, or None for one the op does not take.
 
-    Args:
-      tokens, lines, outputs: as in `Plan`.
-      blocks: at least so many, where the product is large enough.
-      ahead, widest: bounds of `Plan.ahead` and `Plan.width`.
-
     >>> plan(1, 1024, 4096)
-    Plan(tokens=1, lines=1024, outputs=4096, width=16, tiles=1, splits=8, steps=1, ahead=4)
+    Plan(tokens=1, lines=1024, outputs=4096, width=16, tiles=1, splits=8, steps=1)
     """
-    if outputs % 16 or not (tokens and lines and outputs):
+    widths = [w for w in (16, 8, 4) if outputs % w == 0]
+    if not widths or not tokens or not lines or not outputs:
         return None
     # Twice the tokens, half the width: as many accumulators, which is what registers are full of.
     tiles = 1 if tokens <= _TOKENS else 2
-    width = min(16 // tiles, widest)
-    cut = Plan(tokens, lines, outputs, width, tiles, 1, 1, ahead)
+    width = next((w for w in widths if w * tiles <= 16), widths[-1])
+    cut = Plan(tokens, lines, outputs, width, tiles, 1, 1)
     chunks = -(-lines // (_ROWS * _WARPS))
     splits = min(max(-(-blocks // (cut.columns * cut.heights)), 1), chunks)
     steps = -(-chunks // splits)
@@ -142,96 +123,62 @@ def multiply(m: Any, p: Plan, block: Any) -> None:
 
     Adds up 8 `width` outputs of 8 `tiles` tokens over the rows of bytes of its split.
     """
+    words = p.width // 4
     group, quad = m.shift(m.lane, 2), m.and_(m.lane, 3)  # the lane's output and its four inputs
     column, block = m.rem(block, p.columns), m.div(block, p.columns)
     height, split = m.rem(block, p.heights), m.div(block, p.heights)
-    left = m.mul(column, 8 * p.width)
-    # Pieces past the end are the last one again, so that everybody may read and write.
-    piece = lambda i: m.min(m.add(left, m.mul(i, 16)), p.outputs - 16)
-    of_piece = 16 // p.width  # lanes that share one
-    output = m.add(piece(m.div(group, of_piece)), m.mul(m.rem(group, of_piece), p.width))
+    # Lanes past the end do again what the last ones do, so that all of them may read and write.
+    first = m.mul(m.add(m.mul(column, 8), group), p.width)
+    output = m.min(first, p.outputs - p.width)
     token = [
         m.min(m.add(m.mul(height, _TOKENS * p.tiles), m.add(group, _TOKENS * t)), p.tokens - 1)
         for t in range(p.tiles)
     ]
     start = m.add(m.mul(split, _WARPS * p.steps), m.warp)
 
-    def place(slot, row, piece):
-        """Where a row's piece of 16 bytes lies, of the warp's own shared memory.
-
-        Row 16 h + 4 q + i is the (16 h + 4 i + q)th, and its pieces are exchanged by q: lanes that
-        read at once, of all q and neighbouring outputs, then meet all banks.
-        """
-        q = m.and_(m.shift(row, 2), 3)
-        line = m.add(m.and_(row, 16), m.add(m.mul(m.and_(row, 3), 4), q))
-        by = {16: m.mul(q, 2), 8: m.and_(q, 2), 4: 0}[p.width]
-        at = m.add(m.mul(line, 8 * p.width), m.mul(m.xor(piece, by), 16))
-        return m.add(m.mul(slot, _ROWS * 8 * p.width), at)
-
-    def fetch(step, slot):
-        """32 rows on their way, neighbouring lanes neighbouring pieces."""
-        chunk = m.mul(m.add(start, m.mul(step, _WARPS)), _ROWS)
-        pieces = p.width // 2  # of a row
-        for i in range(0, _ROWS, 32 // pieces):
-            row, mine = m.add(m.div(m.lane, pieces), i), m.rem(m.lane, pieces)
-            line = m.min(m.add(chunk, row), p.lines - 1)
-            m.fetch(place(slot, row, mine), m.codes, line, p.outputs, piece(mine))
-
     def load(step):
-        """The activations that meet them: words (plane, half of the rows) of each tile."""
         chunk = m.add(start, m.mul(step, _WARPS))
+        line = m.add(m.mul(chunk, _ROWS), m.mul(quad, 4))
+        rows = [m.min(m.add(line, i), p.lines - 1) for i in (0, 1, 2, 3, 16, 17, 18, 19)]
+        codes = [m.load(m.codes, row, p.outputs, output, words) for row in rows]
         at = [m.add(m.mul(m.add(m.mul(chunk, p.tokens), t), 4), quad) for t in token]
-        return [m.load(m.x, i, 32, 0, 4) + m.load(m.x, i, 32, 16, 4) for i in at]
+        x = [m.load(m.x, i, 32, 16 * half, 4) for i in at for half in range(2)]
+        return codes, x
 
-    def read(slot, half, i):
-        row = m.add(m.mul(quad, 4), 16 * half + i)
-        within = m.mul(m.rem(group, of_piece), p.width)
-        return m.fetched(m.add(place(slot, row, m.div(group, of_piece)), within), p.width // 4)
-
-    def step(sums, slot, x):
-        codes = [[read(slot, half, i) for i in range(4)] for half in range(2)]
-        for word in range(p.width // 4):
-            turns = [turned(m, [row[word] for row in half]) for half in codes]
-            for two in range(2):  # a matrix of 16 outputs: two of each lane
-                a = [v for half in turns for v in half[2 * two : 2 * two + 2]]
-                _planes(m, sums, 2 * (2 * word + two) * p.tiles, a, x)
-        return sums
-
-    ahead = min(p.ahead, p.steps)
-    for i in range(ahead):
-        fetch(i, i)
-        m.commit()
-
-    def turn(i, sums):
-        slot, x = m.rem(i, ahead), load(i)
-        m.wait(ahead - 1)
-        m.meet()  # what the other lanes fetched is there
-        sums = step(sums, slot, x)
-        if p.steps > ahead:
-            m.meet()  # the other lanes have read
-            m.when(m.less(m.add(i, ahead), p.steps), lambda: fetch(m.add(i, ahead), slot))
-        m.commit()  # of nothing at last, so that the groups to wait for stay as many
+    def step(sums, loaded):
+        codes, x = loaded
+        turns = [[turned(m, [row[i] for row in codes[h : h + 4]]) for h in (0, 4)]
+                 for i in range(words)]  # fmt: skip
+        for i in range(2 * words):  # a matrix of 16 outputs: two of each lane
+            near, far = (half[2 * (i % 2) :][:2] for half in turns[i // 2])
+            a = [*near, *far]
+            moved = [m.shift(v, 4) for v in a]
+            for plane, (source, mask) in enumerate(
+                ((a, 0x03030303), (a, 0x0C0C0C0C), (moved, 0x03030303), (moved, 0x0C0C0C0C))
+            ):
+                part = [m.and_(v, mask) for v in source]
+                for t in range(p.tiles):
+                    b = x[2 * t + plane // 2][2 * (plane % 2) :][:2]
+                    at = (i * p.tiles + t) * 2 + plane % 2
+                    sums[at] = m.mma(sums[at], part, b)
         return sums
 
     zero = [m.constant(0)] * 4
-    sums = m.loop(p.steps, [list(zero) for _ in range(p.width * p.tiles)], turn)
+    sums = [list(zero) for _ in range(2 * words * p.tiles * 2)]
+    loaded = load(m.constant(0))
+
+    def turn(i, carry):
+        sums, loaded = carry
+        following = load(m.add(i, 1))  # on its way while the last is multiplied
+        return step(sums, loaded), following
+
+    sums, loaded = m.loop(p.steps - 1, (sums, loaded), turn)
+    sums = step(sums, loaded)
     whole = [
         [m.add(one, m.shift_signed(four, 2)) for one, four in zip(ones, fours)]
         for ones, fours in zip(sums[::2], sums[1::2])
     ]
     _write(m, p, whole, output, height, split, quad)
-
-
-def _planes(m: Any, sums: list, first: int, a: list, x: list) -> None:
-    """The four planes of a (16 outputs, 32 rows) times each tile of x, to sums from ``first`` on:
-    of each tile those of planes 0 and 2, and those of 1 and 3, four times too large."""
-    moved = [m.shift(v, 4) for v in a]
-    for plane in range(4):
-        mask = (0x03030303, 0x0C0C0C0C)[plane % 2]
-        part = [m.and_(v, mask) for v in (moved if plane > 1 else a)]
-        for t, words in enumerate(x):
-            at = first + 2 * t + plane % 2
-            sums[at] = m.mma(sums[at], part, words[2 * plane : 2 * plane + 2])
 
 
 def _write(m: Any, p: Plan, whole: list, output: Any, height: Any, split: Any, quad: Any) -> None:
@@ -276,26 +223,29 @@ def _kernel(p: Plan):
     def packed_ternary(x, codes, index, out, shared):
         refs = (plgpu.RefType(),) * 5
 
-        @plgpu.inline_mgpu(arg_types=(*refs, plgpu.Layout.WG_SPLAT(())))
+        inline: Any = plgpu.inline_mgpu(arg_types=(*refs, plgpu.Layout.WG_SPLAT(())))
+
+        @inline
         def body(_, x, codes, index, out, shared, block):
-            multiply(Lane(p, x, codes, index, out, shared), p, block.registers.item())
+            multiply(Lane(x, codes, index, out, shared), p, block.registers.item())
 
         body(x, codes, index, out, shared, lax.axis_index("block"))
 
-    return plgpu.kernel(
+    kernel: Any = plgpu.kernel(
         packed_ternary,
         out_type=jax.ShapeDtypeStruct((p.splits, p.tokens, p.outputs), jnp.int32),
-        scratch_types=[plgpu.SMEM((p.shared,), jnp.int32)],
+        scratch_types=[plgpu.SMEM((2 * p.tiles * p.width * _WARPS * 32,), jnp.int32)],
         grid=(p.blocks,),
         grid_names=("block",),
         # A lane is what this is written for; 0.10 has it as its default, 0.11 has not.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
+    return kernel
 
 
-def _product(x: jax.Array, codes: jax.Array, index: jax.Array, **cut: int) -> jax.Array:
+def _product(x: jax.Array, codes: jax.Array, index: jax.Array, blocks: int) -> jax.Array:
     """x int8 (m, k), codes uint8 (layers, lines, n), index () -> int32 (m, n)."""
-    p = plan(x.shape[0], *codes.shape[1:], **cut)
+    p = plan(x.shape[0], *codes.shape[1:], blocks)
     if p is None:
         return xla.packed_product(x, codes, x.shape[1], index)
     parts = _kernel(p)(planes(x, p), codes, index.astype(jnp.int32)[None])
@@ -307,7 +257,8 @@ def packed_product(
     codes: jax.Array,
     in_features: int,
     index: jax.Array | None = None,
-    **cut: int,
+    *,
+    blocks: int = _BLOCKS,
 ) -> jax.Array:
     """int8 activations times packed ternary codes, on an NVIDIA GPU; see `xla.packed_product`.
 
@@ -317,10 +268,10 @@ def packed_product(
       x: int8 (*batch, rows, k). Bytes are read again for every 16 rows: for many, unpack.
       codes: uint8 (*batch, ceil(k / 4), n), as `bitnet_jax.packed.pack_codes` makes them; with an
         index (*batch, layers, ceil(k / 4), n). A product `plan` does not take, with n no multiple
-        of 16, is unpacked and multiplied by XLA.
+        of 4, is unpacked and multiplied by XLA.
       in_features: k.
       index: int32 (*batch), which layer of codes to multiply by; nothing is copied for it.
-      **cut: ``blocks``, ``ahead`` or ``widest`` of `plan`, to measure others than its own.
+      blocks: how many to cut the product into, at least and if it is large enough.
 
     Returns:
       int32 (*batch, rows, n). Batch axes broadcast.
@@ -329,5 +280,5 @@ def packed_product(
         raise ValueError(f"x {x.shape} and codes {codes.shape} do not fit {in_features} features")
     if index is None:
         codes, index = jnp.expand_dims(codes, -3), jnp.zeros((), jnp.int32)
-    product = functools.partial(_product, **cut)
+    product = functools.partial(_product, blocks=blocks)
     return jnp.vectorize(product, signature="(m,k),(l,p,n),()->(m,n)")(x, codes, index)

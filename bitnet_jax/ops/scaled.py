@@ -90,7 +90,7 @@ def _body(x, codes, row_scale, column_scale, out):
                 values = sums[...].astype(jnp.float32) * spread(columns, 1) * spread(rows, 0)
                 write(values.astype(out.dtype))
 
-            pl.run_scoped(scoped, plgpu.ACC((_ROWS, _COLUMNS), jnp.int32))
+            pl.run_scoped(scoped, plgpu.WGMMAAccumulatorRef((_ROWS, _COLUMNS), jnp.int32))
 
         pipeline(add, multiply)(x.at[above, :], codes.at[across, :], allocations=room)
 
@@ -149,5 +149,5 @@ def scaled_product(
     """
     m, n = x.shape[0], codes.shape[1]
     column_scale = jnp.broadcast_to(column_scale, (1, n))
-    # wgmma wants the inputs of both adjacent. The turn is one with the rounding that made the codes.
+    # wgmma wants the inputs adjacent. XLA turns the codes where it rounds or unpacks them.
     return _kernel(m, n, jnp.dtype(dtype))(x, codes.T, row_scale[:, 0], column_scale[0])
