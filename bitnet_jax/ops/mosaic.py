@@ -214,7 +214,7 @@ def available() -> bool:
 
 
 @functools.cache
-def _kernel(p: Plan):
+def _kernel(p: Plan) -> Any:
     """int32 words of x, codes (layers, lines, outputs), index (1,) -> (splits, tokens, outputs)."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -231,7 +231,7 @@ def _kernel(p: Plan):
 
         body(x, codes, index, out, shared, lax.axis_index("block"))
 
-    kernel: Any = plgpu.kernel(
+    return plgpu.kernel(
         packed_ternary,
         out_type=jax.ShapeDtypeStruct((p.splits, p.tokens, p.outputs), jnp.int32),
         scratch_types=[plgpu.SMEM((2 * p.tiles * p.width * _WARPS * 32,), jnp.int32)],
@@ -240,12 +240,12 @@ def _kernel(p: Plan):
         # A lane is what this is written for; 0.10 has it as its default, 0.11 has not.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return kernel
 
 
 def _product(x: jax.Array, codes: jax.Array, index: jax.Array, blocks: int) -> jax.Array:
     """x int8 (m, k), codes uint8 (layers, lines, n), index () -> int32 (m, n)."""
-    p = plan(x.shape[0], *codes.shape[1:], blocks)
+    _, lines, outputs = codes.shape
+    p = plan(x.shape[0], lines, outputs, blocks)
     if p is None:
         return xla.packed_product(x, codes, x.shape[1], index)
     parts = _kernel(p)(planes(x, p), codes, index.astype(jnp.int32)[None])
