@@ -1,4 +1,4 @@
-"""config.json of Hugging Face's to the shape of our decoder and the form of its weights, and back."""
+"""config.json to the shape of our decoder and the form of its weights, and back."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,6 +35,8 @@ FAMILIES = {
 _ACTIVATIONS: dict[str, Literal["silu", "relu2"]] = {
     "silu": "silu", "swish": "silu", "relu2": "relu2",
 }  # fmt: skip
+# What our own export adds to quantization_config, for `load` alone.
+_GROUP = "scale_group"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Form:
         (``autobitlinear``).
       kept: names of modules, or ends of such names, that stay float.
       old: the sub-norms have the names of the 1bitLLM models.
+      group: inputs of an output that share a scale, in unpacked codes times scale; 0 for all.
     """
 
     kind: Literal["float", "online", "offline"] = "float"
     reciprocal: bool = False
     kept: tuple[str, ...] = ()
     old: bool = False
+    group: int = 0
 
     def keeps(self, module: str) -> bool:
         """Whether a module is one of those that stay float, matched as transformers does."""
@@ -90,7 +94,6 @@ def parse(data: Any, source: Path) -> tuple[DecoderConfig, Form]:
         raise refuse(f"model_type {data['model_type']!r} is not read; known: {', '.join(FAMILIES)}")
     form = _form(data, refuse)
     sub_norms = family.sub_norms or form.old
-    _refuse_what_we_lack(data, refuse)
     activation = _ACTIVATIONS.get(data.get("hidden_act", family.activation))
     if activation is None:
         raise refuse(
@@ -99,6 +102,7 @@ def parse(data: Any, source: Path) -> tuple[DecoderConfig, Form]:
     count = lambda name, default=None: _count(data, name, default, refuse)
     number = lambda name, default: _number(data, name, default, refuse)
     heads, length = count("num_attention_heads"), count("max_position_embeddings", family.length)
+    _refuse_what_we_lack(data, length, refuse)
     base, scaling = _rope(data, family.base, length, refuse)
     try:
         config = DecoderConfig(
@@ -147,7 +151,7 @@ def _number(data: dict, name: str, default: float, refuse: Refuse) -> float:
     return float(value)
 
 
-def _refuse_what_we_lack(data: dict, refuse: Refuse) -> None:
+def _refuse_what_we_lack(data: dict, length: int, refuse: Refuse) -> None:
     if data.get("mlp_bias"):
         raise refuse("mlp_bias: biases in the MLP are not supported")
     kinds = data.get("layer_types") or []
@@ -155,8 +159,7 @@ def _refuse_what_we_lack(data: dict, refuse: Refuse) -> None:
         raise refuse(f"layer_types: {other[0]!r} is not supported, only full attention")
     window = data.get("sliding_window")
     windowed = data["model_type"] == "mistral" or data.get("use_sliding_window")
-    longest = data.get("max_position_embeddings") or 0
-    if windowed and window is not None and not (isinstance(window, int) and window >= longest):
+    if windowed and window is not None and not (isinstance(window, int) and window >= length):
         raise refuse(f"sliding_window {window!r} is not supported, only attention to all before")
     for name in ("num_experts", "num_local_experts"):
         if data.get(name):
@@ -211,16 +214,27 @@ def _form(data: dict, refuse: Refuse) -> Form:
         raise refuse(
             f"quantization_config: linear_class {linear!r}, quantization_mode {mode!r}: unknown"
         )
-    kept = quantised.get("modules_to_not_convert") or []
-    if not isinstance(kept, list) or not all(isinstance(k, str) and k for k in kept):
-        raise refuse("quantization_config: modules_to_not_convert is no list of names")
-    kept = tuple(k.removesuffix(".weight") for k in kept)
-    if special := [k for k in kept if not k.replace(".", "").replace("_", "").isalnum()]:
-        raise refuse(
-            f"quantization_config: modules_to_not_convert {special[0]!r}: patterns are not read"
-        )
+    kept = _kept(quantised.get("modules_to_not_convert"), refuse)
     online = linear == "autobitlinear" and mode == "online"
-    return Form("online" if online else "offline", linear == "bitlinear", kept, old)
+    group = quantised.get(_GROUP, 0)
+    if not isinstance(group, int) or not 0 <= group < 2**31:
+        raise refuse(f"quantization_config: {_GROUP} {group!r} is no number of inputs")
+    return Form("online" if online else "offline", linear == "bitlinear", kept, old, group)
+
+
+def _kept(names: Any, refuse: Refuse) -> tuple[str, ...]:
+    """modules_to_not_convert, whose default is the head; a list replaces that."""
+    told = "quantization_config: modules_to_not_convert"
+    if names is None:
+        return ("lm_head",)
+    if not isinstance(names, list) or not all(isinstance(k, str) and k for k in names):
+        raise refuse(f"{told} is no list of names")
+    kept = tuple(k.removesuffix(".weight") for k in names)
+    if special := [k for k in kept if not k.replace(".", "").replace("_", "").isalnum()]:
+        raise refuse(f"{told} {special[0]!r}: patterns are not read")
+    if not Form(kept=kept).keeps("lm_head"):
+        raise refuse(f"{told} lacks lm_head: a quantised head is not supported")
+    return kept
 
 
 def render(config: DecoderConfig, form: Form, ids: dict[str, Any]) -> dict[str, Any]:
@@ -280,5 +294,5 @@ def render(config: DecoderConfig, form: Form, ids: dict[str, Any]) -> dict[str, 
             "linear_class": "autobitlinear",
             "quantization_mode": form.kind,
             "modules_to_not_convert": list(form.kept) or None,
-        }
+        } | ({_GROUP: form.group} if form.group else {})
     return written

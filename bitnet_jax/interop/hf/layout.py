@@ -5,6 +5,29 @@ import numpy as np
 from ...errors import BitnetError
 
 
+def pack_fours(codes: np.ndarray) -> np.ndarray:
+    """uint8 codes + 1 (4 k, out) to bytes (k, out), the first of four in the lowest bits."""
+    return codes[0::4] | codes[1::4] << 2 | codes[2::4] << 4 | codes[3::4] << 6
+
+
+def unpack_fours(packed: np.ndarray) -> np.ndarray:
+    """Inverse of `pack_fours`."""
+    parts = [(packed >> (2 * j)) & 3 for j in range(4)]
+    return np.stack(parts, axis=1).reshape(-1, packed.shape[1])
+
+
+def bytes_of(codes: np.ndarray) -> np.ndarray:
+    """Codes int8 (in, out) to our bytes (ceil(in / 4), out), as `bitnet_jax.packed.pack_codes`.
+
+    On the host, where checkpoints are read: nothing is compiled for each shape.
+
+    >>> bytes_of(np.array([[-1], [0], [1], [1], [-1]], np.int8)).tolist()
+    [[164], [84]]
+    """
+    padded = np.pad(codes, ((0, -len(codes) % 4), (0, 0)))
+    return pack_fours((padded + 1).astype(np.uint8))
+
+
 def bytes_from_hf(packed: np.ndarray) -> np.ndarray:
     """Their bytes, four quarters of the outputs each, to ours, four adjacent inputs each.
 
@@ -28,10 +51,9 @@ def bytes_from_hf(packed: np.ndarray) -> np.ndarray:
     rows, size = packed.shape
     out = np.empty((-(-size // 4), 4 * rows), np.uint8)
     for i in range(4):  # a quarter of the codes unpacked at a time
-        codes = np.full((4 * out.shape[0], rows), 1, np.uint8)
+        codes = np.full((4 * len(out), rows), 1, np.uint8)
         codes[:size] = ((packed >> (2 * i)) & 3).T
-        quarter = out[:, i * rows : (i + 1) * rows]
-        quarter[...] = codes[0::4] | codes[1::4] << 2 | codes[2::4] << 4 | codes[3::4] << 6
+        out[:, i * rows : (i + 1) * rows] = pack_fours(codes)
     return out
 
 
@@ -44,9 +66,8 @@ def bytes_to_hf(packed: np.ndarray, in_features: int) -> np.ndarray:
     rows = packed.shape[1] // 4
     out = np.zeros((rows, in_features), np.uint8)
     for i in range(4):
-        quarter = packed[:, i * rows : (i + 1) * rows]
-        codes = np.stack([(quarter >> (2 * j)) & 3 for j in range(4)], axis=1)
-        out |= codes.reshape(-1, rows)[:in_features].T << (2 * i)
+        codes = unpack_fours(packed[:, i * rows : (i + 1) * rows])
+        out |= codes[:in_features].T << (2 * i)
     return out
 
 
@@ -84,7 +105,7 @@ def exact_ternary(values: np.ndarray, group: int = 0) -> tuple[np.ndarray, np.nd
 
 
 def _one_magnitude(x: np.ndarray) -> np.ndarray | None:
-    """The one abs value other than 0 of each column, float32 (1, columns); None if there are two."""
+    """The one abs value above 0 of each column, float32 (1, columns); None if there are two."""
     size = np.abs(x.astype(np.float32))
     largest = size.max(0, initial=0, keepdims=True)
     return largest if bool(((size == 0) | (size == largest)).all()) else None

@@ -11,21 +11,18 @@ import tokenizers
 from rich.console import Console
 
 from ...errors import BitnetError
-from ...leaf import PackedTernary, Ternary
+from ...leaf import PackedTernary
 from ...models.decoder import DecoderConfig
 from ...models.folder import ModelFolder
-from ...packed import pack_weight
 from ...progress import counter
 from ...quantize import Scheme
 from ..mapped import Mapped, open_folder, read_json
 from .config import CONFIG, Form, is_config, parse
-from .layout import bytes_from_hf, exact_ternary
+from .layout import bytes_from_hf, bytes_of, exact_ternary
 from .names import Slot, slots
 from .text import carried, read_tokenizer
 
 Tree = Any
-# What our own export adds to quantization_config, where matrices have a scale a group.
-GROUP = "scale_group"
 
 
 def is_folder(path: Path) -> bool:
@@ -79,7 +76,7 @@ def load(
     config, form = parse(data, folder / CONFIG)
     tensors = open_folder(folder)
     own = read_tokenizer(folder) if tokenizer is None else tokenizer
-    tree, kernels = _tree(tensors, config, form, _group(data), console)
+    tree, kernels = _tree(tensors, config, form, console)
     scheme = Scheme("absmean", "tensor") if form.kind == "online" else _scheme(kernels)
     return ModelFolder(config, scheme, {"params": tree}, own, carried(folder, data))
 
@@ -87,17 +84,11 @@ def load(
 _HEAD = "lm_head.weight"
 
 
-def _group(data: dict) -> int:
-    quantised = data.get("quantization_config")
-    group = quantised.get(GROUP, 0) if isinstance(quantised, dict) else 0
-    return group if isinstance(group, int) and 0 <= group < 2**31 else 0
-
-
 def _tree(
-    tensors: Mapped, config: DecoderConfig, form: Form, group: int, console: Console | None
+    tensors: Mapped, config: DecoderConfig, form: Form, console: Console | None
 ) -> tuple[Tree, list]:
     """The parameters, and the kernels of all projections."""
-    reader, tree, kernels = _Reader(tensors, form, group), {}, []
+    reader, tree, kernels = _Reader(tensors, form), {}, []
     with counter(console, "read", len(tensors.entries)) as done:
         for slot in slots(config, form.old):
             node = reader.node(slot)
@@ -127,8 +118,8 @@ def _put(tree: Tree, path: Iterable[str], node: dict) -> None:
 class _Reader:
     """Takes tensors by name, remembers which, and says what does not fit."""
 
-    def __init__(self, tensors: Mapped, form: Form, group: int):
-        self.tensors, self.form, self.group = tensors, form, group
+    def __init__(self, tensors: Mapped, form: Form):
+        self.tensors, self.form = tensors, form
         self.taken: set[str] = set()
 
     def node(self, slot: Slot) -> dict[str, Any]:
@@ -176,15 +167,16 @@ class _Reader:
 
     def _values(self, name: str, shape: tuple[int, ...], scale: np.float32) -> Any:
         """Codes times scale, stored in float: AutoBitLinear takes any values."""
-        found = exact_ternary(self._float(name, shape).astype(np.float32).T, self.group)
+        found = exact_ternary(self._float(name, shape).astype(np.float32).T, self.form.group)
         if found is None:
             raise self.error(
                 f"{name}: holds values that are no codes times a scale a matrix or an output; "
                 "only ternary ones are read"
             )
         codes, scales = found
-        group = self.group if scales.shape[0] > 1 else 0
-        return pack_weight(Ternary(jnp.array(codes), jnp.array(scales * scale), group))
+        group = self.form.group if scales.shape[0] > 1 else 0
+        packed, scales = jnp.array(bytes_of(codes)), jnp.array(scales * scale)
+        return PackedTernary(packed, scales, len(codes), group)
 
     def _scale(self, name: str) -> np.float32:
         raw = self._float(name, (1,)).astype(np.float32)[0]
