@@ -54,7 +54,8 @@ def load(
     except BitnetError as e:
         raise e if str(path) in str(e) else BitnetError(f"{path}: {e}") from e
     reader = _Leaves(file, config, arch)
-    with counter(console, "read", config.layers) as done:
+    # Weights may be anything, infinite too; numpy need not talk about it.
+    with counter(console, "read", config.layers) as done, np.errstate(all="ignore"):
         params = reader.params(done)
     return ModelFolder(config, reader.scheme(), params, words, files)
 
@@ -200,13 +201,11 @@ class _Leaves:
             at[path[-1]] = {"scale": scale}
         for name, shape in names.shapes(self.config).items():
             part, ours = names.KERNELS[name]
-            order = names.row_order(name, self.config, self.arch)
-            order = None if order is None else np.argsort(order)
-            leaf = self.matrix(f"blk.{i}.{name}", shape, order)
+            leaf = self.matrix(f"blk.{i}.{name}", shape, name)
             self.kernels.append(leaf)
             block[part][ours] = {"kernel": leaf}
             if self.config.qkv_bias and name in names.BIASED:
-                bias = self.vector(f"blk.{i}.{name}.bias", shape[0])
+                bias, order = self.vector(f"blk.{i}.{name}.bias", shape[0]), self.order(name)
                 block[part][ours]["bias"] = bias if order is None else bias[order]
         return block
 
@@ -222,14 +221,26 @@ class _Leaves:
         self.take(name, (size,))
         return jnp.asarray(_floats(self.file, name)[0])
 
-    def matrix(self, name: str, shape: tuple[int, int], order: np.ndarray | None = None) -> Any:
-        """A kernel (in, out), or a table (entries, features), by its name without ``.weight``."""
+    def order(self, name: str) -> np.ndarray | None:
+        """Which of llama.cpp's rows of a query or key we have at each place; None for others."""
+        order = names.row_order(name, self.config, self.arch)
+        return None if order is None else np.argsort(order)
+
+    def matrix(self, name: str, shape: tuple[int, int], kind: str = "") -> Any:
+        """A kernel (in, out), or a table (entries, features).
+
+        Args:
+          name: of the tensor, without ``.weight``.
+          shape: (rows, features), as in the file.
+          kind: what a block calls it.
+        """
         table, scaled = name == "token_embd", np.float32(1)
         if f"{name}.scale" in self.left:
             self.take(f"{name}.scale", (1,))
             scaled = _floats(self.file, f"{name}.scale")[0, 0]
         name = f"{name}.weight"
         self.take(name, shape)
+        order = self.order(kind)  # only now: before, the sizes were the file's word
         leaf = self.codes(name, scaled, order, table)
         if leaf is not None:
             return leaf

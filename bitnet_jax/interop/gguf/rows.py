@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,6 +10,7 @@ from ...leaf import Int4, Int8, Packed, Quantized, Ternary
 from ...packed import pack_weight, unpack_weight
 from .blocks import RANGES, size
 
+_pack, _unpack = jax.jit(pack_weight), jax.jit(unpack_weight)
 KINDS = {"ternary": Ternary, "int8": Int8, "int4": Int4}
 
 
@@ -55,11 +57,12 @@ def from_leaf(leaf: Quantized | Packed, table: bool = False) -> Rows | np.ndarra
     >>> rows.codes.tolist(), rows.scale.tolist()
     ([[1, 0]], [[0.5]])
     """
-    weight = unpack_weight(leaf) if isinstance(leaf, Packed) else leaf
+    weight = _unpack(leaf) if isinstance(leaf, Packed) else leaf
     codes, scale = np.asarray(weight.codes), np.asarray(weight.scale, np.float32)
     if not table:
         scale = np.broadcast_to(scale.T, (codes.shape[1], scale.shape[0]))
-        return Rows(np.ascontiguousarray(codes.T), scale, weight.group)
+        group = weight.group if scale.shape[1] > 1 else 0
+        return Rows(np.ascontiguousarray(codes.T), scale, group)
     entries = np.repeat(scale, weight.group or len(codes), axis=0)[: len(codes)]
     if scale.shape[1] > 1:  # a scale a feature, which no row has room for
         return codes * entries
@@ -114,7 +117,7 @@ def to_leaf(rows: Rows, kind: str, table: bool = False) -> Packed:
 
 
 def _packed(kind: str, codes: np.ndarray, scale: np.ndarray, group: int) -> Packed:
-    return pack_weight(KINDS[kind](jnp.asarray(codes), jnp.asarray(scale, jnp.float32), group))
+    return _pack(KINDS[kind](jnp.asarray(codes), jnp.asarray(scale, jnp.float32), group))
 
 
 def _alike(scale: np.ndarray, together: int) -> bool:

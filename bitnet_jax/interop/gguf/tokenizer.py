@@ -71,11 +71,11 @@ def write(
         fields |= _sentencepiece(spec, words, kinds, merges)
     else:
         fields |= {"model": "gpt2", "pre": _split_name(spec), "merges": merges}
-    extra = json.loads(config) if config else {}
-    first = tokenizer.encode("").ids
-    fields["add_bos_token"] = bool(first)
-    if first:
-        fields["bos_token_id"] = first[0]
+    extra = _json(config)
+    one = tokenizer.encode("a")
+    fields["add_bos_token"] = one.special_tokens_mask[:1] == [1]
+    if fields["add_bos_token"]:
+        fields["bos_token_id"] = one.ids[0]
     end = next((w for w in (_text(extra.get("eos_token")), *_ENDS) if w in vocabulary), None)
     if end is not None:
         fields["eos_token_id"] = vocabulary[end]
@@ -90,8 +90,20 @@ def _key(name: str) -> str:
     return f"tokenizer.{name}" if name == "chat_template" else f"tokenizer.ggml.{name}"
 
 
-def _text(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+def _json(config: bytes) -> dict:
+    try:
+        found = json.loads(config or b"{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise BitnetError(f"{CONFIG}: not a JSON object; mend it or take it out")
+    return found
+
+
+def _text(token: Any) -> str:
+    """A token as Hugging Face writes it: its text, or an object around that."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else ""
 
 
 def _steps(spec: dict | None) -> tuple[tuple, ...]:

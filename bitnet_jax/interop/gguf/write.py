@@ -117,6 +117,7 @@ def _write(writer: Any, tensors: list[Tensor], out: Path, console: Console | Non
         writer.close()
         os.replace(beside, out)
     finally:
+        writer.close()
         beside.unlink(missing_ok=True)
 
 
