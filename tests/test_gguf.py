@@ -52,27 +52,30 @@ def leaf(rng, features, out, scale="channel", group=0):
     return jax.jit(pack_weight)(Ternary(jnp.asarray(codes), jnp.asarray(scales), group))
 
 
+def variables(config, make):
+    """The variables of a decoder, each made from its path and shape."""
+    start = lambda: config.build(None).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    named = lambda path, x: make(jax.tree_util.keystr(path), x.shape)
+    return jax.tree_util.tree_map_with_path(named, jax.eval_shape(start))
+
+
 def model(config, seed=0, scheme=Scheme("absmean", "channel"), floats=np.float16, **kind):
-    """A model of random packed leaves; norms of ones."""
+    """A model of random packed leaves, and floats of a type."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(
-        config.build(None).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
-    )
 
-    def make(path, x):
-        name = jax.tree_util.keystr(path)
+    def make(name, shape):
         if "kernel" in name and "layer" in name:
-            return leaf(rng, *x.shape, **kind)
-        return jnp.asarray(rng.normal(size=x.shape).astype(floats).astype(np.float32))
+            return leaf(rng, *shape, **kind)
+        return jnp.asarray(rng.normal(size=shape).astype(floats).astype(np.float32))
 
-    params = jax.tree_util.tree_map_with_path(make, shapes)
-    return ModelFolder(config, scheme, params, tokenizer())
+    return ModelFolder(config, scheme, variables(config, make), tokenizer())
 
 
-def latent():
+def latent(seed=0):
     """Float weights of the small model, as they are trained."""
-    draw = jax.jit(SMALL.build(None).init)
-    return draw(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    rng = np.random.default_rng(seed)
+    draw = lambda _, shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))
+    return variables(SMALL, draw)
 
 
 def same(a, b):
