@@ -74,8 +74,8 @@ def model(config, seed=0, scheme=Scheme("absmean", "channel"), floats=np.float16
 def latent(seed=0):
     """Float weights of the small model, as they are trained."""
     rng = np.random.default_rng(seed)
-    draw = lambda _, shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))
-    return variables(SMALL, draw)
+    draw = lambda shape: rng.normal(size=shape) if len(shape) > 1 else np.ones(shape)
+    return variables(SMALL, lambda _, shape: jnp.asarray(draw(shape), jnp.float32))
 
 
 def same(a, b):

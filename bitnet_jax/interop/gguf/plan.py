@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -16,6 +17,7 @@ from .blocks import encode, size
 from .rows import KINDS, Rows, from_leaf
 
 FLOATS = {"F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype("<f4")}
+_quantize = jax.jit(quantize_weights, static_argnums=1)
 # Half a unit in the last of a float16's 11 bits: a scale that moves by more has left its range.
 _ROUNDING = 2.0**-11
 
@@ -97,7 +99,7 @@ class Plan:
         if isinstance(leaf, Quantized | Packed):
             yield from self.rows(f"{name}.weight", leaf, order, table)
         elif scheme is not None:  # latent: what the network makes of it when it runs
-            yield from self.rows(f"{name}.weight", quantize_weights(leaf, scheme), order, table)
+            yield from self.rows(f"{name}.weight", _quantize(leaf, scheme), order, table)
         else:
             shape = leaf.shape if table else leaf.shape[::-1]
             make = lambda: _ordered(np.asarray(leaf) if table else np.asarray(leaf).T, order)

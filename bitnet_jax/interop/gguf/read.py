@@ -46,6 +46,10 @@ def load(
 
     Raises:
       BitnetError: if the file is damaged, or holds another network than our decoder.
+
+    >>> load("none.gguf")
+    Traceback (most recent call last):
+    bitnet_jax.errors.BitnetError: none.gguf: no such file; give a .gguf
     """
     file = open_gguf(path)
     try:
@@ -53,6 +57,8 @@ def load(
         words, files = tokenizer.read(file.fields)
     except BitnetError as e:
         raise e if str(path) in str(e) else BitnetError(f"{path}: {e}") from e
+    except (TypeError, ValueError) as e:  # an array where a number should be, say
+        raise BitnetError(f"{path}: its metadata makes no network ({e})") from e
     reader = _Leaves(file, config, arch)
     # Weights may be anything, infinite too; numpy need not talk about it.
     with counter(console, "read", config.layers) as done, np.errstate(all="ignore"):
@@ -63,8 +69,10 @@ def load(
 def _config(file: Container, max_length: int | None) -> tuple[DecoderConfig, str]:
     """The network's shape from the metadata, and the architecture's name."""
     arch = file.fields.get("general.architecture")
-    if arch not in names.ARCHS:
+    if not isinstance(arch, str) or arch not in names.ARCHS:
         raise BitnetError(f"of architecture {arch!r}; we read {', '.join(names.ARCHS)}")
+    if file.fields.get("split.count", 1) != 1:
+        raise BitnetError("one of several files; join them with llama-gguf-split --merge")
     known = names.ARCHS[arch]
 
     def get(name: str, kind: type = int, default: Any = None) -> Any:
@@ -108,7 +116,8 @@ def _config(file: Container, max_length: int | None) -> tuple[DecoderConfig, str
 def _only_plain_rope(fields: dict[str, Any], arch: str, size: int) -> None:
     get = lambda name, default: fields.get(f"{arch}.{name}", default)
     kind = get("rope.scaling.type", "none")
-    if kind not in ("none", "linear") or get("rope.scaling.factor", 1.0) != 1.0:
+    factors = {get("rope.scaling.factor", 1.0), get("rope.scale_linear", 1.0)}
+    if kind not in ("none", "linear") or factors != {1.0}:
         raise BitnetError(f"its positions are scaled by {kind!r}, which our decoder does not do")
     for name in ("rope.dimension_count", "attention.value_length"):
         if get(name, size) != size:
@@ -141,7 +150,13 @@ def _floats(file: Container, name: str) -> np.ndarray:
         codes, scale = decode(raw, tensor.kind)
         return codes * np.repeat(scale, codes.shape[1] // scale.shape[1], axis=1)
     gguf = package()
-    return gguf.dequantize(raw, gguf.GGMLQuantizationType[tensor.kind])
+    try:
+        return gguf.dequantize(raw, gguf.GGMLQuantizationType[tensor.kind])
+    except NotImplementedError:
+        raise BitnetError(
+            f"{file.path}: {name} is {tensor.kind}, which the gguf package does not read; take a "
+            "file of another type"
+        ) from None
 
 
 def package() -> Any:

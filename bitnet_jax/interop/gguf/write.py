@@ -67,8 +67,20 @@ def save(
 
     Raises:
       BitnetError: if stock llama.cpp has no graph for the network, or no such tokenizer.
+
+    >>> import tempfile, jax, jax.numpy as jnp, bitnet_jax
+    >>> from bitnet_jax.train.text import byte_tokenizer
+    >>> config = DecoderConfig(256, width=256, layers=1, hidden=256)
+    >>> params = config.build(None).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    >>> small = bitnet_jax.convert(params).tree
+    >>> folder = ModelFolder(config, bitnet_jax.Scheme(), small, byte_tokenizer())
+    >>> with tempfile.TemporaryDirectory() as room:
+    ...     save(folder, f"{room}/m.gguf", scale_tensors=True).form
+    'llama, matrices 7 TQ2_0, 1 F16'
     """
     gguf, out = package(), Path(out)
+    if out.is_dir():
+        raise BitnetError(f"{out}: a folder; name the file to write in it, {out / 'model.gguf'}")
     config = model.config
     if not isinstance(config, DecoderConfig):
         raise BitnetError(
