@@ -73,7 +73,7 @@ class Container:
         """A tensor's bytes, uint8 (rows, bytes of a row), mapped from the file, not copied."""
         t = self.tensors[name]
         rows = math.prod(t.shape[:-1])
-        data = np.memmap(self.path, np.uint8, "r", t.start, (t.nbytes,))
+        data = np.memmap(self.path, np.uint8, "r", t.start, (t.nbytes,)).view(np.ndarray)
         return data.reshape(rows, t.nbytes // rows)
 
 
