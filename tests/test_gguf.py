@@ -259,6 +259,21 @@ def test_scales_that_are_no_float16_are_said_or_go_beside(tmp_path):
     same(odd.params, gguf.load(tmp_path / "m.gguf").params)
 
 
+@pytest.mark.parametrize("kind, bits", [("F16", 11), ("BF16", 8)])
+def test_floats_are_rounded_only_when_told(tmp_path, kind, bits):
+    folder = ModelFolder(SMALL, None, latent(), tokenizer())
+    report = gguf.save(folder, tmp_path / "m.gguf")
+    assert "8 F32" in report.form and not report.notes
+    report = gguf.save(folder, tmp_path / "m.gguf", floats=kind)
+    assert f"8 {kind}" in report.form and "weights of 8 matrices rounded" in report.notes[0]
+    for one, other in zip(jax.tree.leaves(folder.params), jax.tree.leaves(_load(tmp_path))):
+        np.testing.assert_allclose(other, one, rtol=2.0**-bits, atol=1e-7)
+
+
+def _load(tmp_path):
+    return gguf.load(tmp_path / "m.gguf").params
+
+
 def test_scales_outside_float16_go_as_values(tmp_path):
     folder = model(SMALL, scale="tensor")
     tiny = jax.tree.map(

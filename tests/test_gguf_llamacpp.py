@@ -97,10 +97,10 @@ EXPORTS = {
     "bitnet, TQ2_0": (
         {**WIDE, "sub_norms": True}, Scheme("twn"), Policy(), {}, {"TQ2_0": 7, "F16": 1}
     ),
-    "qwen2, Q2_0 and Q4_0, a scale for 32 inputs": (
+    "qwen2, Q4_0, a scale for 32 inputs": (
         {**NARROW, "qkv_bias": True}, Scheme("twn", 32), Policy(), {}, {"Q4_0": 7, "F16": 1}
     ),
-    "qwen3, Q2_0": (
+    "qwen3, Q2_0 and Q4_0": (
         {**NARROW, "qk_norm": True, "head_size": 64}, Scheme("twn", "channel"), Policy(),
         {"types": ("TQ2_0", "Q2_0", "Q4_0")}, {"Q2_0": 6, "Q4_0": 1, "F16": 1},
     ),

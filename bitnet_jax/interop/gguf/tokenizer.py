@@ -30,6 +30,8 @@ _SPLITS = {
 _SAME = {"gpt2": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 # Ends of a text by name, where nothing else says which token it is.
 _ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>")
+# SentencePiece makes tokens of 16 letters unless told otherwise; cutting takes the square of this.
+_LONGEST = 1000
 CONFIG = "tokenizer_config.json"  # where Hugging Face keeps what its tokenizer.json has no room for
 
 
@@ -236,6 +238,8 @@ def _llama(
     pairs = []
     for i in joined:
         word = words[i]
+        if len(word) > _LONGEST:
+            raise BitnetError(f"its tokenizer: a token of {len(word)} letters")
         cuts = [(word[:c], word[c:]) for c in range(1, len(word))]
         cuts = [(a, b) for a, b in cuts if a in pieces and b in pieces]
         pairs += sorted(cuts, key=lambda cut: (vocabulary[cut[0]], vocabulary[cut[1]]))
