@@ -32,7 +32,7 @@ from bitnet_jax.train.data import END
 SMALL = DecoderConfig(vocab_size=40, width=64, layers=1, heads=2, kv_heads=1, hidden=96)
 
 
-def tokenizer(pre="ByteLevel"):
+def tokenizer():
     """A byte-level BPE of 40 tokens at most."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -288,7 +288,7 @@ def test_scales_outside_float16_go_as_values(tmp_path):
 
 
 def test_exporting_a_dequantised_model_shrinks_no_scale(tmp_path):
-    """Its values go as floats, and ternary blocks that llama.cpp makes of them are ours."""
+    """Its values go as floats, exactly, and the largest of them is the scale still."""
     folder, path = model(SMALL, scale="tensor"), tmp_path / "m.gguf"
     kernel = lambda f: f.params["params"]["layer_0"]["mlp"]["up"]["kernel"]
     values = jax.tree.map(
@@ -302,10 +302,9 @@ def test_exporting_a_dequantised_model_shrinks_no_scale(tmp_path):
     assert back.scheme is None
     same(values, back.params)
     rows = from_leaf(kernel(folder))
-    quantised = package.quantize(np.asarray(kernel(back)).T, GgmlType.Q8_0)
-    assert quantised.shape == (96, 68)
-    np.testing.assert_array_equal(from_values(np.asarray(kernel(back)).T, 0).codes, rows.codes)
-    np.testing.assert_array_equal(from_values(np.asarray(kernel(back)).T, 0).scale, rows.scale)
+    found = from_values(np.asarray(kernel(back)).T, 0)
+    np.testing.assert_array_equal(found.codes, rows.codes)
+    np.testing.assert_array_equal(found.scale, rows.scale)
 
 
 def test_half_exact_scales_change_nothing(tmp_path):

@@ -184,8 +184,8 @@ def _placed(reader: _Reader, table: list, fields: dict[str, Any]) -> dict[str, T
         if number not in TYPES:
             known = _FORKS.get(number, f"type {number}")
             raise BitnetError(
-                f"{reader.path}: tensor {name!r} is {known}, which stock llama.cpp does not have "
-                "or we do not read; convert the original model to TQ2_0 instead"
+                f"{reader.path}: tensor {name!r} is {known}, which is not read here (bitnet.cpp's "
+                "types are its own); take the model's Hugging Face folder instead"
             )
         kind, block, size = TYPES[number]
         nbytes = math.prod(shape) // block * size

@@ -97,9 +97,9 @@ class Plan:
         if isinstance(leaf, Acting | Prequantized):
             raise BitnetError(f"{name}: still in training ({type(leaf).__name__}); pack it first")
         if isinstance(leaf, Quantized | Packed):
-            yield from self.rows(f"{name}.weight", leaf, order, table)
+            yield from self.rows(f"{name}.weight", lambda: leaf, order, table)
         elif scheme is not None:  # latent: what the network makes of it when it runs
-            yield from self.rows(f"{name}.weight", _quantize(leaf, scheme), order, table)
+            yield from self.rows(f"{name}.weight", lambda: _quantize(leaf, scheme), order, table)
         else:
             shape = leaf.shape if table else leaf.shape[::-1]
             make = lambda: _ordered(np.asarray(leaf) if table else np.asarray(leaf).T, order)
@@ -118,22 +118,26 @@ class Plan:
         cast = lambda: np.ascontiguousarray(make().astype(FLOATS[kind]))
         return Tensor(name, tuple(shape), kind, cast, moved)
 
-    def rows(self, name: str, leaf: Any, order: np.ndarray | None, table: bool) -> Iterator[Tensor]:
-        """Codes and scales, in the first type whose blocks hold them, or as values."""
-        found = from_leaf(leaf, table)
+    def rows(self, name: str, leaf: Callable, order: Any, table: bool) -> Iterator[Tensor]:
+        """Codes and scales, in the first type whose blocks hold them, or as values.
+
+        The leaf is made again when its turn comes to be written: only one is in memory at a time.
+        """
+        found, again = from_leaf(leaf(), table), lambda: _ordered(from_leaf(leaf(), table), order)
         if isinstance(found, np.ndarray):
-            make = lambda: _ordered(from_leaf(leaf, table), order)
-            yield self.values(name, found.shape, make)
+            yield self.values(name, found.shape, again)
             return
-        label, shape = _label(leaf), found.codes.shape
+        label, shape, group = _label(leaf()), found.codes.shape, found.group
         types = {"ternary": self.types, "int8": ("Q8_0",), "int4": ("Q4_0",)}[label]
         kind = next((kind for kind in types if found.fits(kind)), None)
-        one = self.beside and not table and bool((found.scale == found.scale[0, 0]).all())
+        layer = name.startswith("blk.")  # llama.cpp looks for scales beside no others
+        one = self.beside and layer and bool((found.scale == found.scale[0, 0]).all())
+        single = found.scale[0, :1].copy()
         moved = 0.0 if one else _moved(found.scale, FLOATS["F16"])
         half = moved <= _ROUNDING
 
         def stored() -> Rows:
-            rows = _ordered(from_leaf(leaf, table), order)
+            rows = again()
             scale = np.ones_like(rows.scale) if one else rows.scale
             return dataclasses.replace(
                 rows, scale=scale.astype("f2").astype("f4") if half else scale
@@ -149,10 +153,10 @@ class Plan:
         # A reader takes blocks of a layer's ternary codes for what they are, and needs no word.
         told = tensor.kind in self.types and label == "ternary" and not table
         note = None if told or (tensor.kind in FLOATS and label != "ternary") else label
-        leaf_note = None if note is None else (note, found.group)
+        leaf_note = None if note is None else (note, group)
         yield dataclasses.replace(tensor, moved=moved, leaf=leaf_note, ternary=label == "ternary")
         if one:
-            yield self.vector(name.replace(".weight", ".scale"), found.scale[0, :1])
+            yield self.vector(name.replace(".weight", ".scale"), single)
 
 
 def _label(leaf: Any) -> str:
