@@ -5,7 +5,8 @@
 | cpu      | any   | native | C++, reads 2 bits a weight; where a compiler is there            |
 | cpu      | 1, 2  | decode | plain JAX on packed bytes; without a compiler                    |
 | cpu      | 3 ... | xla    | unpacks, then XLA's int8 product; without a compiler             |
-| other    | any   | xla    | the only op for GPU and TPU so far                               |
+| cuda     | 1-128 | mosaic | int8 tensor cores on packed bytes; one GPU, Hopper or later      |
+| other    | any   | xla    | more rows or several GPUs; TPU                                   |
 
 Every op gives the same int32 accumulators, to the bit, so the choice is never seen in a result.
 `bitnet-jax doctor` prints what this machine has; benchmarks/products.py times the ops.
@@ -16,15 +17,17 @@ import functools
 import jax
 from jax import lax
 
-from . import decode, native, xla
+from . import decode, mosaic, native, xla
 
 OPS = {
     "xla": xla.packed_product,
     "decode": decode.packed_product,
     "native": native.packed_product,
+    "mosaic": mosaic.packed_product,
 }
 # More rows than this unpack once rather than walk over the bytes again for each of them.
 _FEW = 2
+_FEW_ON_GPU = 128
 
 
 def choose(platform: str, rows: int) -> str:
@@ -37,6 +40,8 @@ def choose(platform: str, rows: int) -> str:
     >>> choose("tpu", 1)
     'xla'
     """
+    if platform == "cuda":
+        return "mosaic" if rows <= _FEW_ON_GPU and mosaic.available() else "xla"
     if platform != "cpu":
         return "xla"
     if native.variants():
@@ -85,4 +90,6 @@ def packed_product(
         lambda x, codes, name: OPS[name](x, codes, in_features, index),
         name=choose(platform, x.shape[-2]),
     )
-    return lax.platform_dependent(x, codes, cpu=run("cpu"), default=run("other"))
+    # No program for a GPU is traced where there is none: that takes longer than a small product's.
+    cuda = {"cuda": run("cuda")} if mosaic.available() else {}
+    return lax.platform_dependent(x, codes, cpu=run("cpu"), **cuda, default=run("other"))
