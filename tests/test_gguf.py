@@ -461,13 +461,16 @@ TOKENIZERS = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokenizers_come_back(name):
     made = TOKENIZERS[name]()
-    fields, _ = write(made, 400, b'{"eos_token": {"content": "<|end|>"}, "chat_template": "x"}')
+    config = b'{"eos_token": {"content": "<|end|>"}, "chat_template": "x"}'
+    fields, _ = write(made, 400, {"tokenizer_config.json": config})
     assert fields["tokenizer.ggml.pre"] == name and len(fields["tokenizer.ggml.tokens"]) == 400
     back, files = read(fields)
     for text in (TEXT, "the mat", "", "a  b   c\t"):
         assert back.encode(text).ids == made.encode(text).ids
         assert back.decode(made.encode(text).ids) == made.decode(made.encode(text).ids)
-    assert b'"chat_template": "x"' in files["tokenizer_config.json"]
+    assert json.loads(files["tokenizer_config.json"])["chat_template"] == "x"
+    end = json.loads(files["generation_config.json"])["eos_token_id"]
+    assert made.id_to_token(end) == ("</s>" if name == "default" else END)
     assert back.get_vocab_size() == made.get_vocab_size()
 
 
