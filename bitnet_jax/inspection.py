@@ -35,7 +35,8 @@ def inspect(path: Path) -> dict:
     """
     kind = foreign.kind_of(path)
     if kind == "onnx":
-        return _described(path, NAMES[kind], {}, _onnx_rows(path))
+        graph = path / foreign.GRAPH if path.is_dir() else path
+        return _described(path, NAMES[kind], {}, _onnx_rows(graph))
     if kind is not None:
         model = foreign.load(path)
         metadata = {"config": dataclasses.asdict(model.config), "files": sorted(model.files)}
