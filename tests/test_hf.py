@@ -583,7 +583,8 @@ def test_compress_takes_a_float_folder(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--to", "gguf", "--latent"], "are for --to hf"),
+        (["--to", "gguf", "--latent"], "--latent is for --to hf"),
+        (["--to", "hf", "--form", "qdq"], "--form is for --to onnx"),
         (["--to", "hf", "--latent"], "no latent weights"),
     ],
 )

@@ -196,8 +196,8 @@ FLOATS = [
 
 
 @pytest.mark.parametrize("name, more", FLOATS, ids=[f"{n}{i}" for i, (n, _) in enumerate(FLOATS)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_float_models(tmp_path, name, more, dtype):
+def test_float_models(tmp_path, name, more):
+    dtype = "bfloat16" if name in ("qwen2", "bitnet") else "float32"
     there = float_model(name, **more)
     there.to(getattr(torch, dtype)).save_pretrained(tmp_path / "in", max_shard_size="80KB")
     assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1
