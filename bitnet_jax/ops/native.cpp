@@ -34,15 +34,27 @@
 
 namespace ffi = xla::ffi;
 
-constexpr int FEW = 16;   // up to so many rows the codes are read directly, above by tables
-constexpr int MANY = 32;  // rows that share a table
+constexpr int FEW = 16;      // up to so many rows the codes are read directly, above by tables
+constexpr int MANY = 128;    // rows of a task above that
+constexpr int STRIP = 1024;  // and its columns: their sums fit the L2 cache
 
 // ---- Variants ------------------------------------------------------------------------------------
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define ZIP SHUFFLE
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Bytes){__VA_ARGS__})
+#define ZIP(a, b, ...) __builtin_shuffle(a, b, (std::decay_t<decltype(a)>){__VA_ARGS__})
+#endif
+
+// Compilers turn a chain of additions into a tree, which spills; this keeps the chain.
+#if defined(__x86_64__)
+#define KEEP(vector) asm("" : "+x"(vector))
+#elif defined(__aarch64__)
+#define KEEP(vector) asm("" : "+w"(vector))
+#else
+#define KEEP(vector)
 #endif
 
 #define TEXT(x) #x
@@ -53,6 +65,17 @@ constexpr int MANY = 32;  // rows that share a table
 #define BEGIN(isa) _Pragma("GCC push_options") _Pragma(TEXT(GCC target(isa)))
 #define END _Pragma("GCC pop_options")
 #endif
+
+// What a thread keeps for products of many rows.
+struct Scratch {
+  alignas(64) uint16_t index[8 * (STRIP + 32)];
+  alignas(64) int16_t sums[MANY * STRIP];
+};
+
+static Scratch& scratch() {
+  static thread_local auto mine = std::make_unique<Scratch>();
+  return *mine;
+}
 
 namespace portable {  // any CPU that C++ runs on: x's two bytes apart, and two int16 products
 #define VECTOR 16
@@ -71,7 +94,7 @@ namespace avx2 {
 #define VECTOR 32
 #define GROUP 2
 #define AT_ONCE 2
-#define WIDEN(piece) (Wide)_mm256_cvtepi16_epi32((__m128i)(piece))
+#define WIDEN return (Ints8)_mm256_cvtepi16_epi32((__m128i)piece);
 #define DOT return sums + (Sums)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
 #include "native_kernels.h"
 }  // namespace avx2
@@ -245,10 +268,12 @@ static int64_t size(Dims dims, size_t axes) {
   return size;
 }
 
-// Columns of a task: at most `most`, at least 256, whole cache lines, about `tasks` of them.
-static int64_t strip(int64_t n, int64_t tasks, int64_t most) {
-  int64_t columns = std::min(most, std::max<int64_t>(256, (n + tasks - 1) / tasks));
-  return (columns + 63) / 64 * 64;
+// Columns of a task: at most `most`, whole cache lines, and if they need not be fewer than 256 so
+// many that the tasks, of which each column has `others`, can be shared by the threads evenly.
+static int64_t strip(int64_t n, int64_t others, int64_t threads, int64_t most) {
+  int64_t strips = (n + most - 1) / most;
+  while (strips * others % threads && n / (strips + 1) >= 256) strips++;
+  return ((n + strips - 1) / strips + 63) / 64 * 64;
 }
 
 static ffi::Error PackedProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
@@ -274,9 +299,9 @@ static ffi::Error PackedProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
 
   const bool direct = rows <= FEW;
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  const int64_t blocks = direct ? 1 : (rows + MANY - 1) / MANY, height = direct ? rows : MANY;
-  const int64_t wanted = direct ? threads : 2 * threads, others = matrices * blocks;
-  const int64_t columns = strip(n, (wanted + others - 1) / others, direct ? 8192 : 4096);
+  const int64_t blocks = direct ? 1 : (rows + MANY - 1) / MANY, others = matrices * blocks;
+  const int64_t height = direct ? rows : ((rows + blocks - 1) / blocks + 31) / 32 * 32;
+  const int64_t columns = strip(n, others, threads, direct ? 8192 : STRIP);
   const int64_t strips = (n + columns - 1) / columns;
   run(pool, others * strips, [&](int64_t task) {
     const int64_t b = task / strips / blocks, m = task / strips % blocks * height;
