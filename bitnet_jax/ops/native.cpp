@@ -30,7 +30,7 @@
 
 namespace ffi = xla::ffi;
 
-constexpr int FEW = 16;      // up to so many rows the codes are read directly, above by tables
+constexpr int FEW = 16;      // at most so many rows read the codes directly
 constexpr int MANY = 128;    // rows of a task above that
 constexpr int STRIP = 1024;  // and its columns: their sums fit the L2 cache
 
@@ -92,6 +92,11 @@ namespace avx2 {
 #define AT_ONCE 2
 #define WIDEN return (Ints8)_mm256_cvtepi16_epi32((__m128i)piece);
 #define DOT return sums + (Sums)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
+// A shift would take the execution units of shuffles, which are short; a multiplication does not.
+#define HIGH_HALVES return (Bytes)_mm256_mulhi_epu16((__m256i)codes, _mm256_set1_epi16(1 << 12));
+#define LOOKUP                                                                  \
+  return (Bytes)_mm256_shuffle_epi8(                                            \
+      _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), (__m256i)index);
 #include "native_kernels.h"
 }  // namespace avx2
 END
@@ -139,6 +144,7 @@ using Product = void(const int8_t* x, int64_t rows, int64_t k, const uint8_t* co
 struct Variant {
   const char* name;
   bool (*runs_here)();
+  int directly;  // up to so many rows `few` is faster than `many`; at most FEW
   Product *few, *many;
 };
 
@@ -147,20 +153,20 @@ static const Variant kVariants[] = {  // the best first
     {"avx512vnni",
      [] { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl"); },
-     avx512vnni::few, avx512vnni::many},
+     FEW, avx512vnni::few, avx512vnni::many},
 #if defined(HAS_AVXVNNI)
     {"avxvnni",
      [] { unsigned a, b, c, d;  // older compilers do not know it by name
           return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
                  (a >> 4 & 1); },
-     avxvnni::few, avxvnni::many},
+     FEW, avxvnni::few, avxvnni::many},
 #endif
-    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, avx2::few, avx2::many},
+    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, FEW / 2, avx2::few, avx2::many},
 #elif defined(__aarch64__) && defined(__linux__)
-    {"dotprod", [] { return bool(getauxval(AT_HWCAP) & HWCAP_ASIMDDP); }, dotprod::few,
+    {"dotprod", [] { return bool(getauxval(AT_HWCAP) & HWCAP_ASIMDDP); }, FEW, dotprod::few,
      dotprod::many},
 #endif
-    {"portable", [] { return true; }, portable::few, portable::many},
+    {"portable", [] { return true; }, FEW / 2, portable::few, portable::many},
 };
 
 static const Variant* find(std::string_view name) {
@@ -198,18 +204,21 @@ static bool equals_reference(Product* product, int64_t rows, int64_t k, int64_t 
   return true;
 }
 
-// 1 if the named variant computes what it should on this CPU, 0 if not, -1 if it cannot run here.
-extern "C" int bitnet_check(const char* name) {
-  const Variant* variant = find(name);
-  if (!variant) return -1;
+static bool right(const Variant& variant) {
   bool right = true;
   for (int sign : {0, 1, -1})
     for (int64_t rows : {1, 2, 5, MANY})
       for (int64_t k : {1, 77, 330})
-        for (Product* product : {variant->few, variant->many})
-          if (rows <= FEW || product == variant->many)
+        for (Product* product : {variant.few, variant.many})
+          if (rows <= FEW || product == variant.many)
             right = right && equals_reference(product, rows, k, 83, sign);
   return right;
+}
+
+// 1 if the named variant computes what it should on this CPU, 0 if not, -1 if it cannot run here.
+extern "C" int bitnet_check(const char* name) {
+  const Variant* variant = find(name);
+  return variant ? right(*variant) : -1;
 }
 
 // ---- The op --------------------------------------------------------------------------------------
@@ -267,7 +276,7 @@ static ffi::Error PackedProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
   const bool one = size(cd, axes) == 1 && size(id, axes) == 1 && size(xd, axes) == matrices;
   if (one) rows *= matrices, matrices = 1;
 
-  const bool direct = rows <= FEW;
+  const bool direct = rows <= variant->directly;
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   const int64_t blocks = direct ? 1 : (rows + MANY - 1) / MANY, others = matrices * blocks;
   const int64_t height = direct ? rows : ((rows + blocks - 1) / blocks + 31) / 32 * 32;

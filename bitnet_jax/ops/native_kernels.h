@@ -82,7 +82,7 @@ INLINE void interleave(const uint8_t* const* row, int64_t column, Bytes* part) {
 // streams break off at every row's end, took 0.35 ms for 4096 x 4096 from memory, these 0.27.)
 constexpr int STREAMS = 8;
 constexpr int GROUPS = STREAMS / GROUP;
-constexpr int64_t AHEAD = 512;  // columns; what was asked for so early has come when it is used
+constexpr int64_t AHEAD = 256;  // columns; what was asked for so early has come when it is used
 
 // out[m][0 .. VECTOR) += sum over 32 inputs of (code + 1) * x, for M rows of x.
 //
@@ -168,9 +168,125 @@ static void arrange(const int8_t* x, int64_t rows, int64_t k, int64_t blocks, in
   }
 }
 
+#ifdef LOOKUP
+// ---- One row: sums of two inputs are looked up in registers --------------------------------------
+
+// Half a byte holds two codes and chooses one of nine sums x0 d0 + x1 d1, within +-256: a shuffle of
+// bytes looks up 32 at once. The sum is kept as a + 32 b, a from -16 to 15, b from -8 to 8, so that
+// eight of each (four packed rows) add up in bytes. Bytes need no interleaving here, and the codes
+// are -1 to 1, so that there is no correction. Per 32 bytes of codes 13 instructions, and 17 with
+// dots; for more rows dots win, because a row costs 8 there and 10 here.
+INLINE Bytes high_halves(Bytes codes) { HIGH_HALVES }
+INLINE Bytes look(const int8_t* table, Bytes index) { LOOKUP }
+
+constexpr int PAIRS_OF_ROW = 2, TABLE = 16;
+constexpr int ROW_TABLES = PAIRS_OF_ROW * 2 * TABLE;  // bytes: a and b of each pair of inputs
+constexpr int WIDEST = 7;  // times STREAMS packed rows of +-512 stay in int16
+
+static void pair_tables(const int8_t* x, int64_t k, int64_t blocks, int8_t* to) {
+  const Shorts first = {-1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2};
+  const Shorts second = {-1, -1, -1, -1, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2};
+  typedef int8_t Table __attribute__((vector_size(TABLE)));
+  for (int64_t block = 0; block < blocks; block++)
+    for (int i = 0; i < STREAMS; i++)
+      for (int pair = 0; pair < PAIRS_OF_ROW; pair++, to += 2 * TABLE) {
+        int64_t at = 4 * (i * blocks + block) + 2 * pair;
+        int16_t x0 = at < k ? x[at] : 0, x1 = at + 1 < k ? x[at + 1] : 0;
+        Shorts sum = first * x0 + second * x1, b = (sum + 16) >> 5, a = sum - (b << 5);
+        store(to, __builtin_convertvector(a, Table));
+        store(to + TABLE, __builtin_convertvector(b, Table));
+      }
+}
+
+// sums[0 .. 2 VECTOR) += one packed row of each stream, two vectors (a cache line) at a time.
+INLINE void look_up_pairs(const uint8_t* const* row, int64_t column, int64_t ahead,
+                          const int8_t* tables, int16_t* sums) {
+  Sums total[4] = {};
+#pragma GCC unroll 2
+  for (int g = 0; g < STREAMS; g += 4) {
+    Bytes a[2] = {}, b[2] = {};
+#pragma GCC unroll 4
+    for (int i = g; i < g + 4; i++, tables += ROW_TABLES) {
+      __builtin_prefetch(row[i] + ahead);
+      Bytes low[2], high[2];
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) {
+        Bytes codes = load<Bytes>(row[i] + column + v * VECTOR);
+        low[v] = codes & 15, high[v] = high_halves(codes) & 15;
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) a[v] += look(tables, low[v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) b[v] += look(tables + TABLE, low[v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) a[v] += look(tables + 2 * TABLE, high[v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) b[v] += look(tables + 3 * TABLE, high[v]);
+      for (int v = 0; v < 2; v++) {
+        KEEP(a[v]);
+        KEEP(b[v]);
+      }
+    }
+    const Bytes weights = (Bytes)(Shorts{} + (1 | 32 << 8));
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; v++) {
+      total[2 * v] = dot(total[2 * v], weights, SHUFFLE(a[v], b[v], LANES(PAIRS, 0)));
+      total[2 * v + 1] = dot(total[2 * v + 1], weights, SHUFFLE(a[v], b[v], LANES(PAIRS, 8)));
+    }
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; q++)
+    store(sums + q * VECTOR / 2, load<Sums>(sums + q * VECTOR / 2) + total[q]);
+}
+
+static void one(const int8_t* x, int64_t k, const uint8_t* codes, int64_t n, int64_t columns,
+                int32_t* out) {
+  const int64_t packed = (k + 3) / 4, blocks = (packed + STREAMS - 1) / STREAMS;
+  static thread_local std::vector<int8_t> tables;
+  tables.resize(blocks * STREAMS * ROW_TABLES);
+  pair_tables(x, k, blocks, tables.data());
+  int16_t* sums = scratch().sums;  // pieces of 8 outputs, in the order interleaving leaves them in
+  memset(sums, 0, (columns + 63) / 64 * 64 * sizeof *sums);
+  std::fill_n(out, columns, 0);
+  for (int64_t block = 0; block < blocks; block++) {
+    const int8_t* table = &tables[block * STREAMS * ROW_TABLES];
+    const uint8_t* row[STREAMS];  // past the end any row will do: its x are 0
+    for (int i = 0; i < STREAMS; i++) row[i] = codes + std::min(i * blocks + block, packed - 1) * n;
+    int64_t c = 0;
+    for (; c + 64 <= columns; c += 64) {
+      int64_t ahead = c + AHEAD < columns ? c + AHEAD : c + AHEAD - columns + n;
+      look_up_pairs(row, c, ahead, table, sums + c);
+    }
+    if (c < columns) {
+      uint8_t copy[STREAMS][64] = {};
+      for (int i = 0; i < STREAMS; i++) {
+        memcpy(copy[i], row[i] + c, columns - c);
+        row[i] = copy[i];
+      }
+      look_up_pairs(row, 0, 0, table, sums + c);
+    }
+    if (block % WIDEST == WIDEST - 1 || block == blocks - 1)
+      for (c = 0; c < columns; c += 8) {
+        int16_t* piece =
+            sums + c / VECTOR * VECTOR + c / 8 % 2 * (VECTOR / 2) + c % VECTOR / 16 * 8;
+        Ints8 wide = widen(load<Shorts8>(piece));
+        if (c + 8 <= columns) {
+          store(out + c, load<Ints8>(out + c) + wide);
+        } else {
+          for (int64_t j = 0; j < columns - c; j++) out[c + j] += wide[j];
+        }
+        store(piece, Shorts8{});
+      }
+  }
+}
+#endif
+
 // out (rows, columns) = x (rows, k) @ codes (k, columns); codes and out lie in matrices n wide.
 static void few(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
                 int64_t columns, int32_t* out) {
+#ifdef LOOKUP
+  if (rows == 1) return one(x, k, codes, n, columns, out);
+#endif
   const int64_t packed = (k + 3) / 4, blocks = (packed + STREAMS - 1) / STREAMS;
   static thread_local std::vector<Word> words;
   words.resize(rows * blocks * GROUPS * 4);
@@ -214,15 +330,15 @@ constexpr int ROW = STRIP + 32;  // of indices: no power of two, whose lines wou
 // A byte of a damaged weight may hold a code of 3, and point at most 40 sums past its table.
 constexpr int ENTRIES = 81 * TABLES + 40;
 
-// x[r][i] -> to[i][r], sixteen by sixteen: four times, zip the upper half of the rows with the lower.
+// x[r][i] -> to[i][r], sixteen by sixteen: four times, zip the two halves of the rows.
 static void transpose(const int8_t* x, int64_t stride, int16_t (*to)[HEIGHT]) {
   Bytes16 rows[16], zipped[16];
   for (int r = 0; r < 16; r++) rows[r] = load<Bytes16>(x + r * stride);
   for (int round = 0; round < 4; round++) {
     for (int i = 0; i < 8; i++) {
-      zipped[2 * i] = ZIP(rows[i], rows[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      zipped[2 * i + 1] = ZIP(rows[i], rows[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
-                              30, 15, 31);
+      Bytes16 a = rows[i], b = rows[i + 8];
+      zipped[2 * i] = ZIP(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      zipped[2 * i + 1] = ZIP(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
     memcpy(rows, zipped, sizeof rows);
   }
@@ -337,7 +453,7 @@ static void put(int16_t* sums, int64_t columns, int64_t rows, int32_t* out, int6
 // As `few`, for up to MANY rows and STRIP columns: the indices serve all rows.
 static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
                  int64_t columns, int32_t* out) {
-  auto index = (uint16_t(*)[ROW])scratch().index;                // [TABLES][ROW]
+  auto index = (uint16_t(*)[ROW])scratch().index;         // [TABLES][ROW]
   auto sums = (int16_t(*)[STRIP][HEIGHT])scratch().sums;  // [BLOCKS][STRIP][HEIGHT]
   alignas(64) int16_t inputs[INPUTS][HEIGHT], tables[ENTRIES][HEIGHT] = {};
   const int64_t packed = (k + 3) / 4, blocks = (rows + HEIGHT - 1) / HEIGHT;
@@ -358,8 +474,8 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
       for (int64_t c = 0; c < columns; c += 64) __builtin_prefetch(next + c);
     }
     for (int64_t b = 0; b < blocks; b++) {
-      int32_t more = take_inputs(x + b * HEIGHT * k + 4 * p,
-                                 std::min<int64_t>(HEIGHT, rows - b * HEIGHT), k, k - 4 * p, inputs);
+      const int64_t height = std::min<int64_t>(HEIGHT, rows - b * HEIGHT);
+      int32_t more = take_inputs(x + b * HEIGHT * k + 4 * p, height, k, k - 4 * p, inputs);
       // Small activations, which most are, are put rarely: only when int16 may overflow.
       if (size[b] + more > 32767) put_block(b);
       size[b] += more;
@@ -381,3 +497,5 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
 #undef AT_ONCE
 #undef DOT
 #undef WIDEN
+#undef LOOKUP
+#undef HIGH_HALVES
