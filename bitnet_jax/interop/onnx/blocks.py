@@ -37,7 +37,7 @@ def exact_blocks(inputs: int, bits: int) -> Blocks:
     the sums are exact integers. Blocks of 32, 64 and 128 have fast products at every bits; of the
     largest, the fastest, where they add no more than an eighth, else of those that add least.
 
-    >>> exact_blocks(576, 2), exact_blocks(62, 2).size
+    >>> exact_blocks(576, 2), exact_blocks(90, 2).size
     (Blocks(inputs=576, bits=2, size=128, held=127), 32)
     """
     sizes = [Blocks(inputs, bits, size, size - 1) for size in (128, 64, 32)]
