@@ -158,8 +158,8 @@ def cut_of(mean: jax.Array, scheme: Scheme) -> jax.Array:
     round(w / m) is half to even, so it is 0 up to |w| = m / 2 and not above; and the float32
     quotient is above 1/2 as soon as w is above m / 2, which is exact.
 
-    >>> cut_of(jnp.float32(3), Scheme("twn")).item() == jnp.float32(0.7) * 3
-    True
+    >>> cut_of(jnp.float32(4), Scheme("threshold", threshold=0.5)).item()
+    2.0
     """
     if scheme.rule == "absmean":
         return jnp.nextafter(0.5 * mean, jnp.inf)

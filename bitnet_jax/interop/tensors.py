@@ -33,7 +33,7 @@ class Tensors:
     ignored: tuple[str, ...] = ()
 
 
-def read(path: Path) -> Tensors:
+def read(path: Path, mapped: bool = False) -> Tensors:
     """Read every tensor of a checkpoint; nothing in it is executed.
 
     | path                                        | read by                                        |
@@ -44,6 +44,8 @@ def read(path: Path) -> Tensors:
 
     Args:
       path: a file or a folder.
+      mapped: leave safetensors on disk: their arrays are read-only views of the file's memory map,
+        and a page is read when it is touched. The file must stay as it is as long as they live.
 
     Raises:
       BitnetError: if the file is missing, damaged, holds no tensor, or holds code.
@@ -53,9 +55,9 @@ def read(path: Path) -> Tensors:
     if not path.is_file():
         raise BitnetError(f"{path}: no such file; give safetensors or PyTorch weights")
     if path.suffix == ".safetensors":
-        found = _safetensors(path)
+        found = _safetensors(path, mapped)
     elif path.name.endswith(".safetensors.index.json"):
-        found = _shards(path)
+        found = _shards(path, mapped)
     elif path.suffix in _TORCH:
         found = from_state_dict(_torch(path), str(path))
     else:
@@ -79,13 +81,14 @@ def inside(folder: Path) -> Path:
     raise BitnetError(f"{folder}: holds no weights (.safetensors, .pt, .pth or .bin)")
 
 
-def _safetensors(path: Path) -> Tensors:
+def _safetensors(path: Path, mapped: bool) -> Tensors:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             names, metadata = list(file.keys()), file.metadata() or {}
             kinds = {n: file.get_slice(n).get_dtype() for n in names}
-            known = {n: k for n, k in kinds.items() if not k.startswith(("BF", "F8", "F4"))}
-            arrays = {n: file.get_tensor(n) for n in known}
+            strange = ("F8", "F4") if mapped else ("BF", "F8", "F4")
+            known = {n: k for n, k in kinds.items() if not k.startswith(strange)}
+            arrays = _mapped(path, known) if mapped else {n: file.get_tensor(n) for n in known}
         if len(known) < len(names):  # dtypes numpy has not by itself, JAX reads
             with safetensors.safe_open(path, framework="flax") as file:
                 arrays |= {n: np.asarray(file.get_tensor(n)) for n in names if n not in known}
@@ -96,7 +99,26 @@ def _safetensors(path: Path) -> Tensors:
     return Tensors({n: arrays[n] for n in names}, tied)
 
 
-def _shards(index: Path) -> Tensors:
+_DTYPES = {
+    "F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "I64": "i8", "I32": "i4",
+    "I16": "i2", "I8": "i1", "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+
+
+def _mapped(path: Path, kinds: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Views of tensors in a file whose header the safetensors library has checked."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    raw = np.asarray(np.memmap(path, np.uint8, "r"))[8 + size :]
+    arrays = {}
+    for name, kind in kinds.items():
+        begin, end = header[name]["data_offsets"]
+        arrays[name] = raw[begin:end].view(_DTYPES[kind]).reshape(header[name]["shape"])
+    return arrays
+
+
+def _shards(index: Path, mapped: bool) -> Tensors:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         names = sorted({str(v) for v in weight_map.values()})
@@ -109,7 +131,7 @@ def _shards(index: Path) -> Tensors:
             raise BitnetError(f"{index}: shard {name!r} is not beside it; refused")
         if not (index.parent / name).is_file():
             raise BitnetError(f"{index}: its shard {name} is missing; copy it beside the index")
-        shard = _safetensors(index.parent / name)
+        shard = _safetensors(index.parent / name, mapped)
         if twice := sorted(arrays.keys() & shard.arrays.keys()):
             raise BitnetError(f"{index}: {twice[0]} is in two shards; the folder is inconsistent")
         arrays |= shard.arrays

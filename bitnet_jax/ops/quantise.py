@@ -51,7 +51,7 @@ def sums(w: jax.Array, group: int) -> jax.Array:
     """
     stack, size, out = w.shape
     result = jax.ShapeDtypeStruct((stack, -(-size // (group or max(size, 1))), out), jnp.float32)
-    return jax.ffi.ffi_call("bitnet_sums", result)(w, group=group)
+    return jax.ffi.ffi_call("bitnet_sums", result, vmap_method="sequential")(w, group=group)
 
 
 def pack(
@@ -71,8 +71,8 @@ def pack(
       meaningless without ``kept``).
 
     >>> w, cut = jnp.array([[[0.5], [-2.0], [3.0]]]), jnp.ones((1, 1, 1))
-    >>> [x.tolist() for x in pack(w, cut, 0, True)] if available() else [[[[97]]], [[[5.0]]], [[[2]]]]
-    [[[[97]]], [[[5.0]]], [[[2]]]]
+    >>> [x.item() for x in pack(w, cut, 0, True)] if available() else [97, 5.0, 2]
+    [97, 5.0, 2]
     """
     stack, size, out = w.shape
     results = (
@@ -80,4 +80,5 @@ def pack(
         jax.ShapeDtypeStruct(cut.shape, jnp.float32),
         jax.ShapeDtypeStruct(cut.shape, jnp.int32),
     )
-    return tuple(jax.ffi.ffi_call("bitnet_quantise", results)(w, cut, group=group, sums=kept))
+    call = jax.ffi.ffi_call("bitnet_quantise", results, vmap_method="sequential")
+    return tuple(call(w, cut, group=group, sums=kept))
