@@ -20,6 +20,7 @@ _REASONS = {
     "native": "C++ reads the packed codes as they lie",
     "decode": "no C++ op here; plain JAX on packed codes, good for one or two rows",
     "xla": "unpacks to int8, then XLA's own product",
+    "xla-float8": "unpacks to float8, then XLA's product with bfloat16: no int8 units here",
 }
 
 

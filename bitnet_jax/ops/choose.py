@@ -5,7 +5,11 @@
 | cpu      | any   | native | C++, reads 2 bits a weight; where a compiler is there            |
 | cpu      | 1, 2  | decode | plain JAX on packed bytes; without a compiler                    |
 | cpu      | 3 ... | xla    | unpacks, then XLA's int8 product; without a compiler             |
-| other    | any   | xla    | the only op for GPU and TPU so far                               |
+| tpu      | any   | xla    | int8 on v4 to v6                                                 |
+| tpu      | any   | xla-float8 | v7, without int8 units: bfloat16 times float8                |
+| other    | any   | xla    | the only op for GPU so far                                       |
+
+`pallas-tpu` is never picked: no TPU has run it (its docstring).
 
 Every op gives the same int32 accumulators, to the bit, so the choice is never seen in a result.
 `bitnet-jax doctor` prints what this machine has; benchmarks/products.py times the ops.
@@ -16,15 +20,23 @@ import functools
 import jax
 from jax import lax
 
-from . import decode, native, xla
+from . import decode, native, pallas_tpu, xla
 
 OPS = {
     "xla": xla.packed_product,
     "decode": decode.packed_product,
     "native": native.packed_product,
+    "xla-float8": xla.packed_product_float8,
+    "pallas-tpu": pallas_tpu.packed_product,
 }
 # More rows than this unpack once rather than walk over the bytes again for each of them.
 _FEW = 2
+
+
+@functools.cache
+def _tpu_has_no_int8() -> bool:
+    """Whether this process has TPUs of v7 (Ironwood) or later."""
+    return any(d.device_kind.startswith(("TPU7", "TPU8")) for d in jax.devices())
 
 
 def choose(platform: str, rows: int) -> str:
@@ -37,6 +49,8 @@ def choose(platform: str, rows: int) -> str:
     >>> choose("tpu", 1)
     'xla'
     """
+    if platform == "tpu" and _tpu_has_no_int8():
+        return "xla-float8"
     if platform != "cpu":
         return "xla"
     if native.variants():
@@ -85,4 +99,5 @@ def packed_product(
         lambda x, codes, name: OPS[name](x, codes, in_features, index),
         name=choose(platform, x.shape[-2]),
     )
-    return lax.platform_dependent(x, codes, cpu=run("cpu"), default=run("other"))
+    tpu = {"tpu": run("tpu")} if _tpu_has_no_int8() else {}
+    return lax.platform_dependent(x, codes, cpu=run("cpu"), **tpu, default=run("other"))
