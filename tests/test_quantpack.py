@@ -10,7 +10,6 @@ from numpy.testing import assert_array_equal
 
 from bitnet_jax import Scheme
 from bitnet_jax.ops import quantise
-from bitnet_jax.ops.compiled import Unavailable
 from bitnet_jax.packed import pack_weight
 from bitnet_jax.quantize import codes_by_cut, cut_of, quantize_kernel
 from bitnet_jax.quantpack import quantize_packed
@@ -18,7 +17,7 @@ from bitnet_jax.reduce import LARGE, over, over_outputs
 
 from .battery import normal
 
-needs_native = pytest.mark.skipif(not quantise.available(), reason=quantise._loaded())
+needs_native = pytest.mark.skipif(not quantise.available(), reason=quantise.status())
 
 
 def same(a, b):
@@ -97,16 +96,8 @@ def test_outputs_are_added_half_by_half():
     assert_array_equal(over_outputs(jnp.add, x), y)
 
 
-@pytest.mark.parametrize("wrong", [True, False])
-def test_a_library_that_is_wrong_or_missing_is_not_used(wrong, monkeypatch):
-    class Library:
-        bitnet_quantise_check = staticmethod(lambda: 0)
-
-    def opened(*names):
-        if wrong:
-            return Library()
-        raise Unavailable("no C++ compiler was found")
-
-    monkeypatch.setattr(quantise, "opened", opened)
-    told = quantise._loaded.__wrapped__()
-    assert ("wrong" if wrong else "compiler") in told
+def test_without_the_op_xla_does_it(monkeypatch):
+    w, scheme = normal(5, 300, 230), Scheme("twn", "channel")
+    before = quantize_packed(w, scheme)
+    monkeypatch.setattr(quantise, "available", lambda: False)
+    same(quantize_packed(w, scheme), before)

@@ -3,8 +3,8 @@
 //   out[b, m, n] = sum over k of x[b, m, k] * code[index[b], k, n]
 //
 // in int32, exact. The arithmetic is in native_kernels.h; here it is compiled once for each
-// instruction set (a variant), the work is cut into tasks for XLA's threads, and the op is bound.
-// Compiled at first use by native.py, with the headers of the jaxlib that will load it.
+// instruction set (a variant), the work is cut into tasks, and the op is bound.
+// Compiled at first use, see build.py, with the headers of the jaxlib that will load it.
 
 #include <algorithm>
 #include <cstdint>
@@ -15,7 +15,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "threads.h"
+#include "tasks.h"
 #include "xla/ffi/api/ffi.h"
 
 #if defined(__x86_64__)

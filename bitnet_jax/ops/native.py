@@ -1,69 +1,19 @@
 """The CPU op in C++: packed codes read as they are stored, int8 in, int32 out, exact.
 
-It is compiled at first use, never at import, see `bitnet_jax.ops.compiled`. Without a compiler
-there is no native op, `status` says so, and nothing else changes.
+It is compiled at first use, see build.py. Without a compiler there is no native op, `status` says
+so, and nothing else changes.
 
 ``python -m bitnet_jax.ops.native`` compiles it now, for an image or a cluster, and prints `status`.
 """
-
-import ctypes
-import dataclasses
-import functools
-import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .compiled import Unavailable, opened
+from . import build
 
-_SOURCES = ("native.cpp", "native_kernels.h", "threads.h")
 _TARGET = "bitnet_packed_product"
-_LOCK = threading.Lock()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Library:
-    variants: tuple[str, ...]  # that run here and compute what they should, the best first
-    status: str
-
-
-def _trusted(library) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(variants that are right on this CPU, variants that run here and are wrong)."""
-    names, right, wrong = [], [], []
-    while name := library.bitnet_variant(len(names)):
-        names.append(name)
-        found = library.bitnet_check(ctypes.c_char_p(name))
-        if found >= 0:
-            (right if found else wrong).append(name.decode())
-    return tuple(right), tuple(wrong)
-
-
-def _open() -> _Library:
-    library = opened(*_SOURCES)
-    library.bitnet_variant.restype = ctypes.c_char_p
-    right, wrong = _trusted(library)
-    dropped = f"; left out, because its sums were wrong here: {', '.join(wrong)}" if wrong else ""
-    if not right:
-        raise Unavailable(f"none of its variants is right here{dropped}")
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library[_TARGET]), platform="cpu")
-    also = f" (also here: {', '.join(right[1:])})" if right[1:] else ""
-    return _Library(right, f"native op, variant {right[0]}{also}{dropped}")
-
-
-@functools.cache
-def _loaded() -> _Library:
-    try:
-        return _open()
-    except Unavailable as why:
-        return _Library((), f"no native op: {why}")
-    except AttributeError as error:
-        return _Library((), f"no native op: AttributeError: {str(error)[:200]}")
-
-
-def _library() -> _Library:
-    with _LOCK:  # one compilation, however many threads ask
-        return _loaded()
+_library = build.opener("native.cpp", "native_kernels.h", "tasks.h", targets=(_TARGET,))
 
 
 def status() -> str:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from .xla import take_layer
+from . import xla
 
 # A block: packed inputs and outputs of a step (128 lanes; 32 sublanes of int8), and rows.
 _PACKED, _OUT, _ROWS = 256, 256, 128
@@ -82,5 +82,7 @@ def packed_product(
     """
     if x.shape[-1] != in_features:
         raise ValueError(f"x {x.shape} does not have {in_features} features")
+    if not x.size or not codes.size:
+        return xla.packed_product(x, codes, in_features, index)
     one = functools.partial(_product, interpret=interpret)
-    return jnp.vectorize(one, signature="(m,k),(p,n)->(m,n)")(x, take_layer(codes, index))
+    return jnp.vectorize(one, signature="(m,k),(p,n)->(m,n)")(x, xla.take_layer(codes, index))

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "threads.h"
+#include "tasks.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -98,8 +98,11 @@ static void quantise(const float* w, int64_t in, int64_t n, int64_t group, int64
   }
 }
 
+// What build.py asks: there is one variant, the compiler's clones for instruction sets are inside it.
+extern "C" const char* bitnet_variant(int i) { return i ? nullptr : "quantise"; }
+
 // 1 if both passes give, on this CPU, what plain loops give, else 0.
-extern "C" int bitnet_quantise_check() {
+extern "C" int bitnet_check(const char*) {
   for (int64_t in : {1, 7, 64})
     for (int64_t group : {3, 4, 64}) {
       const int64_t n = 77, groups = (in + group - 1) / group, packed = (in + 3) / 4;

@@ -1,38 +1,25 @@
 """Float weights to packed ternary codes in C++: each pass reads the weights once, on all threads.
 
 Sums have the same bits as those of `bitnet_jax.reduce`. Compiled at first use, see
-`bitnet_jax.ops.compiled`; without a compiler `available` says no, and XLA does it.
+`bitnet_jax.ops.build`; without a compiler `available` says no, and XLA does it.
 """
-
-import functools
-import threading
 
 import jax
 import jax.numpy as jnp
 
-from .compiled import Unavailable, opened
+from . import build
 
-_LOCK = threading.Lock()
+_library = build.opener("quantise.cpp", "tasks.h", targets=("bitnet_sums", "bitnet_quantise"))
 
 
-@functools.cache
-def _loaded() -> str:
-    """Empty if the library is there and right on this CPU, else why not."""
-    try:
-        library = opened("quantise.cpp", "threads.h")
-        if not library.bitnet_quantise_check():
-            return "its codes or sums were wrong here"
-        for name in ("bitnet_sums", "bitnet_quantise"):
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(library[name]), platform="cpu")
-    except (Unavailable, AttributeError) as why:
-        return str(why)[:200]
-    return ""
+def status() -> str:
+    """One sentence: the op is there, or why not. Compiles it if that was not done yet."""
+    return _library().status
 
 
 def available() -> bool:
     """Whether there is such an op here; compiles it if that was not done yet."""
-    with _LOCK:
-        return not _loaded()
+    return bool(_library().variants)
 
 
 def sums(w: jax.Array, group: int) -> jax.Array:

@@ -1,5 +1,4 @@
-// Tasks of an FFI op on XLA's threads.
-#pragma once
+// Work cut into tasks for XLA's threads.
 
 #include <algorithm>
 #include <atomic>
@@ -13,7 +12,8 @@
 
 // Run task(0) .. task(count - 1) on XLA's threads and on this one. No wait is for a task that has
 // not started, so nothing can lock up, even when every other thread is busy or waits for us.
-static void run(xla::ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
+static void run(xla::ffi::ThreadPool& pool, int64_t count,
+                const std::function<void(int64_t)>& task) {
   struct Shared {
     std::atomic<int64_t> next{0};
     int64_t done = 0;
