@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import keep, turns
+from bitnet_jax.bench.timing import keep, spread, turns
 
 
 def settle(threads: int) -> None:
@@ -100,12 +100,9 @@ def main(
     size, memcpy = 4 * shape[0] * shape[1], statistics.median(seconds["memcpy"])
     rows = []
     for name, taken in seconds.items():
-        tenths = statistics.quantiles(taken, n=10, method="inclusive")
         middle = statistics.median(taken)
-        rows.append(
-            {"name": name, "ms": 1e3 * middle, "low": 1e3 * tenths[0], "high": 1e3 * tenths[-1],
-             "gb_s": size / middle / 1e9, "of_memcpy": memcpy / middle}
-        )  # fmt: skip
+        speeds = {"gb_s": size / middle / 1e9, "of_memcpy": memcpy / middle}
+        rows.append({"name": name, **spread(taken), **speeds})
     about = f"{threads} thread(s), {'CPU' if threads == 1 else 'wall'} time"
     about += f", load {os.getloadavg()[0]:.1f}, jax {jax.__version__}"
     about += "" if quantise.available() else ", no C++ op"

@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import keep
+from bitnet_jax.bench.timing import keep
 
 _POOL = 1 << 22
 

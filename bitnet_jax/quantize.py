@@ -138,13 +138,14 @@ def _round_to_ternary(blocks: jax.Array, rows: jax.Array, axes: tuple[int, ...],
     if scheme.rule == "sherry":
         codes = _smallest_of_four_to_zero(blocks, rows)
         kept = jnp.abs(codes)
-        sums = ((jnp.abs(blocks) * kept).sum(axes, keepdims=True), kept.sum(axes, keepdims=True))
-        return codes, scale_of(*sums, scheme)
+        total = (jnp.abs(blocks) * kept).sum(axes, keepdims=True)
+        return codes, scale_of(total, kept.sum(axes, keepdims=True), scheme)
     cut = cut_of(mean, scheme)
     codes = codes_by_cut(blocks, cut)
     if scheme.rule != "twn":
         return codes, mean
-    return codes, scale_of(*over(_kept, jnp.add, blocks, axes, cut), scheme)
+    kept, number = over(_kept, jnp.add, blocks, axes, cut)
+    return codes, scale_of(kept, number, scheme)
 
 
 def mean_of(total: jax.Array, count: jax.Array, scheme: Scheme) -> jax.Array:

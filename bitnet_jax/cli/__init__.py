@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..errors import BitnetError
 from ..output import write_json
+from .bench import Bench
 from .checks import Doctor, Inspect, Sandbox
 from .jobs import Compress, Demo
 from .phase5 import Continue
@@ -24,6 +25,7 @@ _COMMANDS = {
     "generate": Generate,
     "inspect": Inspect,
     "doctor": Doctor,
+    "bench": Bench,
     "sandbox": Sandbox,
 }
 

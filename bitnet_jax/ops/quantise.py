@@ -68,4 +68,5 @@ def pack(
         jax.ShapeDtypeStruct(cut.shape, jnp.int32),
     )
     call = jax.ffi.ffi_call("bitnet_quantise", results, vmap_method="sequential")
-    return tuple(call(w, cut, group=group, sums=kept))
+    codes, total, number = call(w, cut, group=group, sums=kept)
+    return codes, total, number
