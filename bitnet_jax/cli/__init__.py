@@ -13,6 +13,7 @@ from ..errors import BitnetError
 from ..output import write_json
 from .bench import Bench
 from .checks import Doctor, Inspect, Sandbox
+from .export import Export
 from .jobs import Compress, Demo
 from .phase5 import Continue
 from .use import Eval, Generate
@@ -23,6 +24,7 @@ _COMMANDS = {
     "continue": Continue,
     "eval": Eval,
     "generate": Generate,
+    "export": Export,
     "inspect": Inspect,
     "doctor": Doctor,
     "bench": Bench,

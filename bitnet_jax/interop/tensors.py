@@ -1,7 +1,6 @@
 """Weights on disk to named arrays: safetensors, sharded or not, and PyTorch's own files."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import safetensors
 
 from ..errors import BitnetError
+from .mapped import Mapped, header, read_index
 from .unpickle import load
 
 _TORCH = (".pt", ".pth", ".bin")
@@ -82,13 +82,17 @@ def inside(folder: Path) -> Path:
 
 
 def _safetensors(path: Path, mapped: bool) -> Tensors:
+    entries = header(path)  # refuses what the library below takes: a name that stands twice
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             names, metadata = list(file.keys()), file.metadata() or {}
             kinds = {n: file.get_slice(n).get_dtype() for n in names}
-            strange = ("F8", "F4") if mapped else ("BF", "F8", "F4")
-            known = {n: k for n, k in kinds.items() if not k.startswith(strange)}
-            arrays = _mapped(path, known) if mapped else {n: file.get_tensor(n) for n in known}
+            if mapped:
+                known = {n for n, entry in entries.items() if entry.dtype is not None}
+                arrays = {n: np.asarray(Mapped(path, entries).read(n)) for n in known}
+            else:
+                known = {n for n, k in kinds.items() if not k.startswith(("BF", "F8", "F4"))}
+                arrays = {n: file.get_tensor(n) for n in known}
         if len(known) < len(names):  # dtypes numpy has not by itself, JAX reads
             with safetensors.safe_open(path, framework="flax") as file:
                 arrays |= {n: np.asarray(file.get_tensor(n)) for n in names if n not in known}
@@ -99,38 +103,11 @@ def _safetensors(path: Path, mapped: bool) -> Tensors:
     return Tensors({n: arrays[n] for n in names}, tied)
 
 
-_DTYPES = {
-    "F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16, "I64": "i8", "I32": "i4",
-    "I16": "i2", "I8": "i1", "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?",
-}  # fmt: skip
-
-
-def _mapped(path: Path, kinds: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Views of tensors in a file whose header the safetensors library has checked."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    raw = np.asarray(np.memmap(path, np.uint8, "r"))[8 + size :]
-    arrays = {}
-    for name, kind in kinds.items():
-        begin, end = header[name]["data_offsets"]
-        arrays[name] = raw[begin:end].view(_DTYPES[kind]).reshape(header[name]["shape"])
-    return arrays
-
-
 def _shards(index: Path, mapped: bool) -> Tensors:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        names = sorted({str(v) for v in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise BitnetError(f"{index}: not an index of shards (no weight_map)") from e
+    weight_map = read_index(index)
     arrays: dict[str, np.ndarray] = {}
     tied: dict[str, str] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise BitnetError(f"{index}: shard {name!r} is not beside it; refused")
-        if not (index.parent / name).is_file():
-            raise BitnetError(f"{index}: its shard {name} is missing; copy it beside the index")
+    for name in sorted(set(weight_map.values())):
         shard = _safetensors(index.parent / name, mapped)
         if twice := sorted(arrays.keys() & shard.arrays.keys()):
             raise BitnetError(f"{index}: {twice[0]} is in two shards; the folder is inconsistent")

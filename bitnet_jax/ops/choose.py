@@ -5,11 +5,11 @@
 | cpu      | any   | native | C++, reads 2 bits a weight; where a compiler is there            |
 | cpu      | 1, 2  | decode | plain JAX on packed bytes; without a compiler                    |
 | cpu      | 3 ... | xla    | unpacks, then XLA's int8 product; without a compiler             |
-| tpu      | any   | xla    | int8 on v4 to v6                                                 |
-| tpu      | any   | xla-float8 | v7, without int8 units: bfloat16 times float8                |
-| other    | any   | xla    | the only op for GPU so far                                       |
+| cuda     | 1-128 | mosaic | int8 tensor cores on packed bytes; one GPU, Hopper or later      |
+| tpu      | any   | xla    | v7: bfloat16 times float8 (xla-float8), for it has no int8 units |
+| other    | any   | xla    | more rows or several GPUs; TPUs before v7                        |
 
-`pallas-tpu` is never picked: no TPU has run it (its docstring).
+`pallas-tpu` is never picked: no TPU has run it.
 
 Every op gives the same int32 accumulators, to the bit, so the choice is never seen in a result.
 `bitnet-jax doctor` prints what this machine has; benchmarks/products.py times the ops.
@@ -20,17 +20,19 @@ import functools
 import jax
 from jax import lax
 
-from . import decode, native, pallas_tpu, xla
+from . import decode, mosaic, native, pallas_tpu, xla
 
 OPS = {
     "xla": xla.packed_product,
     "decode": decode.packed_product,
     "native": native.packed_product,
+    "mosaic": mosaic.packed_product,
     "xla-float8": xla.packed_product_float8,
     "pallas-tpu": pallas_tpu.packed_product,
 }
 # More rows than this unpack once rather than walk over the bytes again for each of them.
 _FEW = 2
+_FEW_ON_GPU = 128
 
 
 @functools.cache
@@ -49,6 +51,8 @@ def choose(platform: str, rows: int) -> str:
     >>> choose("tpu", 1)
     'xla'
     """
+    if platform == "cuda":
+        return "mosaic" if rows <= _FEW_ON_GPU and mosaic.available() else "xla"
     if platform == "tpu" and _tpu_has_no_int8():
         return "xla-float8"
     if platform != "cpu":
@@ -99,5 +103,7 @@ def packed_product(
         lambda x, codes, name: OPS[name](x, codes, in_features, index),
         name=choose(platform, x.shape[-2]),
     )
-    tpu = {"tpu": run("tpu")} if _tpu_has_no_int8() else {}
-    return lax.platform_dependent(x, codes, cpu=run("cpu"), **tpu, default=run("other"))
+    # No program for a GPU is traced where there is none: that takes longer than a small product's.
+    own = {"cuda": run("cuda")} if mosaic.available() else {}
+    own |= {"tpu": run("tpu")} if _tpu_has_no_int8() else {}
+    return lax.platform_dependent(x, codes, cpu=run("cpu"), **own, default=run("other"))
