@@ -16,7 +16,7 @@ from .checks import Json
 class Bench:
     """Time our products and training step beside XLA's and PyTorch's, and the machine's limits.
 
-    Two to four minutes on two cores. Peers: XLA in float32 and bfloat16; PyTorch's linear layer and
+    Some minutes; --quick is shorter. Peers: XLA in float32 and bfloat16; PyTorch's linear layer and
     a straightforward BitLinear, where torch is installed.
     """
 
