@@ -6,7 +6,10 @@
 | cpu      | 1, 2  | decode | plain JAX on packed bytes; without a compiler                    |
 | cpu      | 3 ... | xla    | unpacks, then XLA's int8 product; without a compiler             |
 | cuda     | 1-128 | mosaic | int8 tensor cores on packed bytes; one GPU, Hopper or later      |
-| other    | any   | xla    | more rows or several GPUs; TPU                                   |
+| tpu      | any   | xla    | v7: bfloat16 times float8 (xla-float8), for it has no int8 units |
+| other    | any   | xla    | more rows or several GPUs; TPUs before v7                        |
+
+`pallas-tpu` is never picked: no TPU has run it.
 
 Every op gives the same int32 accumulators, to the bit, so the choice is never seen in a result.
 `bitnet-jax doctor` prints what this machine has; benchmarks/products.py times the ops.
@@ -17,17 +20,25 @@ import functools
 import jax
 from jax import lax
 
-from . import decode, mosaic, native, xla
+from . import decode, mosaic, native, pallas_tpu, xla
 
 OPS = {
     "xla": xla.packed_product,
     "decode": decode.packed_product,
     "native": native.packed_product,
     "mosaic": mosaic.packed_product,
+    "xla-float8": xla.packed_product_float8,
+    "pallas-tpu": pallas_tpu.packed_product,
 }
 # More rows than this unpack once rather than walk over the bytes again for each of them.
 _FEW = 2
 _FEW_ON_GPU = 128
+
+
+@functools.cache
+def _tpu_has_no_int8() -> bool:
+    """Whether this process has TPUs of v7 (Ironwood) or later."""
+    return any(d.device_kind.startswith(("TPU7", "TPU8")) for d in jax.devices())
 
 
 def choose(platform: str, rows: int) -> str:
@@ -42,6 +53,8 @@ def choose(platform: str, rows: int) -> str:
     """
     if platform == "cuda":
         return "mosaic" if rows <= _FEW_ON_GPU and mosaic.available() else "xla"
+    if platform == "tpu" and _tpu_has_no_int8():
+        return "xla-float8"
     if platform != "cpu":
         return "xla"
     if native.variants():
@@ -91,5 +104,6 @@ def packed_product(
         name=choose(platform, x.shape[-2]),
     )
     # No program for a GPU is traced where there is none: that takes longer than a small product's.
-    cuda = {"cuda": run("cuda")} if mosaic.available() else {}
-    return lax.platform_dependent(x, codes, cpu=run("cpu"), **cuda, default=run("other"))
+    own = {"cuda": run("cuda")} if mosaic.available() else {}
+    own |= {"tpu": run("tpu")} if _tpu_has_no_int8() else {}
+    return lax.platform_dependent(x, codes, cpu=run("cpu"), **own, default=run("other"))
