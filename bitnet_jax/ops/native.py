@@ -29,7 +29,7 @@ import numpy as np
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "native_kernels.h"))
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
 _TARGET = "bitnet_packed_product"
-_LOCK = threading.Lock()
+LOCK = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Library:
     status: str
 
 
-class _Unavailable(Exception):
+class Unavailable(Exception):
     """Why there is no native op, as a sentence for `status`."""
 
 
@@ -47,7 +47,7 @@ def _compiler() -> list[str]:
         words = shlex.split(name)
         if words and shutil.which(words[0]):
             return words
-    raise _Unavailable("no native op: no C++ compiler was found (g++, clang++, c++ or $CXX)")
+    raise Unavailable("no native op: no C++ compiler was found (g++, clang++, c++ or $CXX)")
 
 
 def _cache() -> Path:
@@ -55,28 +55,38 @@ def _cache() -> Path:
     return Path(base) / "bitnet_jax"
 
 
-def _library_file(command: list[str]) -> Path:
+def _library_file(command: list[str], sources: tuple[Path, ...]) -> Path:
     """Everything that decides what the library holds is in its name, so none is ever stale."""
     include = Path(jax.ffi.include_dir())
     key = hashlib.sha256(" ".join((*command, version("jaxlib"), platform.machine())).encode())
-    for file in (*_SOURCES, include / "xla" / "ffi" / "api" / "c_api.h"):
+    for file in (*sources, include / "xla" / "ffi" / "api" / "c_api.h"):
         key.update(file.read_bytes())
-    return _cache() / f"native-{key.hexdigest()[:20]}.so"
+    return _cache() / f"{sources[0].stem}-{key.hexdigest()[:20]}.so"
 
 
-def _compile(command: list[str], file: Path) -> None:
+def _compile(command: list[str], source: Path, file: Path) -> None:
     """Written beside its place and renamed: complete or absent, however many processes try."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / file.name
         done = subprocess.run(
-            [*command, str(_SOURCES[0]), "-o", str(made)],
+            [*command, str(source), "-o", str(made)],
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), "")
-            raise _Unavailable(f"no native op: {command[0]} failed ({first.strip()[:200]})")
+            raise Unavailable(f"no native op: {command[0]} failed ({first.strip()[:200]})")
         os.replace(made, file)
+
+
+def library_of(sources: tuple[Path, ...]) -> ctypes.CDLL:
+    """The library of a source file and the headers of ours it includes, compiled if need be."""
+    compiler, *own = _compiler()  # $CXX may bring flags; they come last, to win
+    command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *own]
+    file = _library_file(command, sources)
+    if not file.exists():
+        _compile(command, sources[0], file)
+    return ctypes.CDLL(str(file))
 
 
 def _trusted(library) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -92,18 +102,13 @@ def _trusted(library) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _open() -> _Library:
     if os.environ.get("BITNET_JAX_NATIVE") == "0":
-        raise _Unavailable("no native op: BITNET_JAX_NATIVE=0 switches it off")
-    compiler, *own = _compiler()  # $CXX may bring flags; they come last, to win
-    command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *own]
-    file = _library_file(command)
-    if not file.exists():
-        _compile(command, file)
-    library = ctypes.CDLL(str(file))
+        raise Unavailable("no native op: BITNET_JAX_NATIVE=0 switches it off")
+    library = library_of(_SOURCES)
     library.bitnet_variant.restype = ctypes.c_char_p
     right, wrong = _trusted(library)
     dropped = f"; left out, because its sums were wrong here: {', '.join(wrong)}" if wrong else ""
     if not right:
-        raise _Unavailable(f"no native op{dropped}")
+        raise Unavailable(f"no native op{dropped}")
     jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library[_TARGET]), platform="cpu")
     also = f" (also here: {', '.join(right[1:])})" if right[1:] else ""
     return _Library(right, f"native op, variant {right[0]}{also}{dropped}")
@@ -113,14 +118,14 @@ def _open() -> _Library:
 def _loaded() -> _Library:
     try:
         return _open()
-    except _Unavailable as why:
+    except Unavailable as why:
         return _Library((), str(why))
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         return _Library((), f"no native op: {type(error).__name__}: {str(error)[:200]}")
 
 
 def _library() -> _Library:
-    with _LOCK:  # one compilation, however many threads ask
+    with LOCK:  # one compilation, however many threads ask
         return _loaded()
 
 
