@@ -183,11 +183,16 @@ def _grad_weight(codes, scale, g, batch_dims, dtype, precision, op):
         dims = ((rows, rows), (batch, batch))
         return lax.dot_general(qx, g, dims, precision=precision).astype(jnp.float32)
 
-    def native(codes, scale, g):
+    def in_16_bits(codes, scale, g):
         codes, scale, g = (_flat(a, batch_dims) for a in (codes, scale, g))
         return training.grad_weight(codes, scale[..., 0], g.astype(jnp.float32))
 
-    if not _reduced(precision):
+    def in_float32(codes, scale, g):
+        qx = _flat(codes * scale, 0)
+        return training.float_product(qx, _flat(g, 0).astype(jnp.float32), left_transposed=True)
+
+    native = in_16_bits if _reduced(precision) else in_float32
+    if native is in_float32 and (batch_dims or dtype != jnp.float32):
         return by_xla(codes, scale, g)
     count = math.prod(g.shape[i] for i in rows)
     pick = _pick(op, count, codes.shape[-1], g.shape[-1])

@@ -41,6 +41,9 @@ class DecoderConfig:
       remat: recompute each block in the backward pass instead of keeping its activations.
       dtype: what activations are computed in, ``"float32"`` or ``"bfloat16"``; parameters, norms,
         scales and logits stay in float32.
+      precision: of products in training: ``"float32"``, or ``"tensorfloat32"`` to let those that
+        are not integer ones round their operands to 11 bits or more where that is faster, as
+        `jax.default_matmul_precision` does on GPUs; see `bitnet_jax.dot_general`.
 
     Raises:
       ValueError: if heads do not divide width, or kv_heads do not divide heads.
@@ -63,6 +66,7 @@ class DecoderConfig:
     tied: bool = True
     remat: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tensorfloat32"] = "float32"
 
     def __post_init__(self):
         if self.width % self.heads or self.heads % self.kv_heads or self.head_dim % 2:
@@ -74,6 +78,8 @@ class DecoderConfig:
             raise ValueError(f"activation {self.activation!r}: expected 'silu' or 'relu2'")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r}: expected 'float32' or 'bfloat16'")
+        if self.precision not in ("float32", "tensorfloat32"):
+            raise ValueError(f"precision {self.precision!r}: expected 'float32' or 'tensorfloat32'")
 
     @property
     def head_dim(self) -> int:
@@ -140,7 +146,10 @@ def show(module: nn.Module, **values: jax.Array) -> None:
 
 
 def _dense(c: DecoderConfig, scheme: Scheme | None):
-    return functools.partial(BitDense, use_bias=False, scheme=scheme, dtype=c.dtype)
+    precision = None if c.precision == "float32" else c.precision
+    return functools.partial(
+        BitDense, use_bias=False, scheme=scheme, dtype=c.dtype, precision=precision
+    )
 
 
 def _norm(c: DecoderConfig, name: str) -> nn.RMSNorm:

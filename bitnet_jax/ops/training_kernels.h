@@ -303,4 +303,71 @@ static void grad_weight(const int32_t* words, const float* scales, const float* 
   }
 }
 
+// ---- Two float matrices --------------------------------------------------------------------------
+
+// Elements (i .. i+N, k .. k+depth) to to[k][N], zeros past `count`.
+template <int N>
+static void line_up(Side side, int64_t count, int64_t depth, float* to) {
+  if (side.step == 1 && count >= N) {
+    for (int64_t k = 0; k < depth; k++)
+      for (int i = 0; i < N; i++) to[k * N + i] = side.data[k * side.deep + i];
+    return;
+  }
+  int64_t done = 0;
+  if (N % 8 == 0 && side.deep == 1 && count >= N)
+    for (; done + 8 <= depth; done += 8)
+      for (int i = 0; i < N; i += 8) {
+        Floats v[8];
+        for (int j = 0; j < 8; j++) v[j] = load<Floats>(side.data + (i + j) * side.step + done);
+        transpose(v);
+        for (int j = 0; j < 8; j++) store(to + (done + j) * N + i, v[j]);
+      }
+  for (int i = 0; i < N; i++)
+    for (int64_t k = done; k < depth; k++)
+      to[k * N + i] = i < count ? side.data[i * side.step + k * side.deep] : 0;
+}
+
+static void line_up_columns(Side b, int64_t count, int64_t depth, float* to) {
+  line_up<WIDE>(b, count, depth, to);
+}
+
+// out (rows, columns) (+)= A's rows times columns lined up; out lies in a matrix n wide.
+static void float_block(Side a, int64_t rows, const float* columns, int64_t count, int64_t depth,
+                        bool add, float* out, int64_t n) {
+  static thread_local std::vector<float> memory;
+  memory.resize(TALL * depth);
+  float* panel = memory.data();
+  for (int64_t i = 0; i < rows; i += TALL) {
+    const int64_t high = std::min<int64_t>(TALL, rows - i);
+    line_up<TALL>(a.at(i, 0), high, depth, panel);
+    for (int64_t c = 0; c < count; c += WIDE) {
+      const float* b = columns + c * depth;
+      Floats sum[TALL][2] = {};
+      for (int64_t k = 0; k < depth; k++) {
+        // Not 0 + x: that is another addition, because it turns -0 into 0.
+        const Floats left = load<Floats>(b + k * WIDE), right = load<Floats>(b + k * WIDE + 8);
+#pragma GCC unroll 6
+        for (int j = 0; j < TALL; j++) {
+          const Floats x = panel[k * TALL + j] - Floats{};
+          sum[j][0] = FMA(x, left, sum[j][0]);
+          sum[j][1] = FMA(x, right, sum[j][1]);
+        }
+      }
+      const int64_t across = std::min<int64_t>(WIDE, count - c);
+      for (int64_t j = 0; j < high; j++) {
+        float* to = out + (i + j) * n + c;
+        if (across == WIDE) {
+          store(to, add ? load<Floats>(to) + sum[j][0] : sum[j][0]);
+          store(to + 8, add ? load<Floats>(to + 8) + sum[j][1] : sum[j][1]);
+        } else {
+          float values[WIDE];
+          store(values, sum[j][0]), store(values + 8, sum[j][1]);
+          for (int64_t h = 0; h < across; h++) to[h] = values[h] + (add ? to[h] : 0);
+        }
+      }
+    }
+  }
+}
+
 #undef DOT
+#undef FMA
