@@ -73,7 +73,7 @@ def main(out: Path | None = None, repeats: int = 3, layers: int = 24) -> None:
     }
     found, console = {name: [] for name in models}, Console()
     with console.status("compiling"):
-        for name, (scheme, precision) in models.items():
+        for scheme, precision in models.values():
             once(scheme, 1, precision)  # imports, and the C++ op, which is compiled once
         for _ in range(repeats):
             for name, (scheme, precision) in models.items():

@@ -182,16 +182,16 @@ SCHEMES = [Scheme(), Scheme("twn", "channel"), Scheme("twn", 16)]
 @needs_native
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_both_forms_of_a_layer_agree(scheme):
-    """The forward pass to the bit, grad-input to float rounding, grad-weight to the bit."""
+    """The forward pass to the bit, gradients to float rounding."""
     x, w, g = normal(13, 40, 70), normal(14, 70, 33), normal(15, 40, 33)
     xla, native = (gradients(x, w, g, scheme, op) for op in ("xla", "native"))
     assert_array_equal(native[0], xla[0])
     assert_allclose(native[1], xla[1], rtol=1e-5, atol=1e-5)
-    assert_array_equal(native[2], xla[2])
+    assert_allclose(native[2], xla[2], rtol=1e-5, atol=1e-5)
     high = gradients(x, w, g, scheme, "native", "high")
     assert_array_equal(high[0], xla[0])
     assert_array_equal(high[1], native[1])
-    assert not np.array_equal(high[2], xla[2])
+    assert np.abs(high[2] - xla[2]).max() > 1e-6 * np.abs(xla[2]).max()
     assert np.abs(high[2] - xla[2]).max() <= 1e-4 * np.abs(xla[2]).max()
 
 
