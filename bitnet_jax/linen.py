@@ -154,4 +154,5 @@ class BitEmbed(_TakesLeaves, nn.Embed):
         table: Any = self.embedding
         if is_quantized(table):
             return attend(query, table, self.dtype)
-        return logits(*self.promote_dtype(query, table, dtype=self.dtype))
+        both: Any = self.promote_dtype(query, table, dtype=self.dtype)
+        return logits(*both)

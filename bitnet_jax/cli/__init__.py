@@ -12,6 +12,7 @@ from rich.console import Console
 from ..errors import BitnetError
 from ..output import write_json
 from .checks import Doctor, Inspect, Sandbox
+from .export import Export
 from .jobs import Compress, Demo
 from .phase5 import Continue
 from .use import Eval, Generate
@@ -22,6 +23,7 @@ _COMMANDS = {
     "continue": Continue,
     "eval": Eval,
     "generate": Generate,
+    "export": Export,
     "inspect": Inspect,
     "doctor": Doctor,
     "sandbox": Sandbox,

@@ -7,7 +7,8 @@ Packed codes (`choose`):
 | cpu      | any   | native | C++, reads 2 bits a weight; where a compiler is there            |
 | cpu      | 1, 2  | decode | plain JAX on packed bytes; without a compiler                    |
 | cpu      | 3 ... | xla    | unpacks, then XLA's int8 product; without a compiler             |
-| other    | any   | xla    | the only op for GPU and TPU so far                               |
+| cuda     | 1-128 | mosaic | int8 tensor cores on packed bytes; one GPU, Hopper or later      |
+| other    | any   | xla    | more rows or several GPUs; TPU                                   |
 
 Codes of one byte, which training multiplies by, forward and for both gradients (`choose_dense`):
 
@@ -28,19 +29,22 @@ import functools
 import platform as machine
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax import lax
 
-from . import decode, native, training, xla
+from . import decode, mosaic, native, training, xla
 
 OPS = {
     "xla": xla.packed_product,
     "decode": decode.packed_product,
     "native": native.packed_product,
+    "mosaic": mosaic.packed_product,
 }
 # More rows than this unpack once rather than walk over the bytes again for each of them.
 _FEW = 2
+_FEW_ON_GPU = 128
 
 
 def choose(platform: str, rows: int) -> str:
@@ -53,6 +57,8 @@ def choose(platform: str, rows: int) -> str:
     >>> choose("tpu", 1)
     'xla'
     """
+    if platform == "cuda":
+        return "mosaic" if rows <= _FEW_ON_GPU and mosaic.available() else "xla"
     if platform != "cpu":
         return "xla"
     if native.variants():
@@ -94,17 +100,25 @@ def choose_dense(platform: str, rows: int, inputs: int, outputs: int) -> str:
 
 
 def by_platform(
-    pick: Callable[[str], str], forms: Mapping[str, Callable], *operands: jax.Array
+    pick: Callable[[str], str], forms: Mapping[str, Callable], *operands: Any
 ) -> jax.Array:
     """``forms[pick(platform)](*operands)``, for the platform the program is compiled for.
+
+    Args:
+      pick: platform, ``"cpu"``, ``"cuda"`` or ``"other"``, to a name out of ``forms``.
+      forms: what gives the same result in several ways.
+      operands: arrays, or trees of them.
 
     >>> by_platform(lambda platform: "twice", {"twice": lambda x: 2 * x}, jax.numpy.ones(())).item()
     2.0
     """
     cpu, other = forms[pick("cpu")], forms[pick("other")]
-    if cpu is other:
+    # No program for a GPU is traced where there is none: that takes longer than a small product's.
+    cuda = forms[pick("cuda")] if mosaic.available() else other
+    if cpu is other is cuda:
         return cpu(*operands)
-    return lax.platform_dependent(*operands, cpu=cpu, default=other)
+    gpu = {} if cuda is other else {"cuda": cuda}
+    return lax.platform_dependent(*operands, cpu=cpu, **gpu, default=other)
 
 
 def packed_product(

@@ -11,21 +11,17 @@
 //
 // b stands for any number of axes, which broadcast.
 //
-// Compiled at first use by training.py, with the headers of the jaxlib that will load it.
+// Compiled at first use by build.py, with the headers of the jaxlib that will load it.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <iterator>
-#include <memory>
-#include <mutex>
 #include <string_view>
 #include <vector>
 
+#include "tasks.h"
 #include "xla/ffi/api/ffi.h"
 
 #if defined(__x86_64__)
@@ -104,14 +100,12 @@ static const Variant* find(std::string_view name) {
   return nullptr;
 }
 
-// Name of variant i that runs here, or null where there are no more.
-extern "C" const char* bitnet_training_variant(int i) {
-  for (const Variant& variant : kVariants)
-    if (variant.runs_here() && i-- == 0) return variant.name;
-  return nullptr;
-}
-
 // ---- What Python asks before it trusts the library -----------------------------------------------
+
+// Name of variant i, or null where there are no more.
+extern "C" const char* bitnet_variant(int i) {
+  return i < int(std::size(kVariants)) ? kVariants[i].name : nullptr;
+}
 
 static void make_index(const int8_t* codes, int64_t k, int64_t n, bool transposed, int64_t fours,
                        int64_t from, int64_t to, uint16_t* index);
@@ -162,38 +156,15 @@ static bool equals_reference(const Variant& variant, int64_t rows, int64_t k, in
   return true;
 }
 
-// 1 if the named variant computes what it should on this CPU, 0 if not.
-extern "C" int bitnet_training_check(const char* name) {
+// 1 if the named variant computes what it should on this CPU, 0 if not, -1 if it cannot run here.
+extern "C" int bitnet_check(const char* name) {
   const Variant* variant = find(name);
-  bool right = variant;
+  if (!variant) return -1;
+  bool right = true;
   for (int sign : {0, 1, -1})
-    for (int64_t rows : {1, 9, variant ? variant->rows_of_codes : 1})
+    for (int64_t rows : {1, 9, variant->rows_of_codes})
       for (int64_t k : {1, 77, 330}) right = right && equals_reference(*variant, rows, k, 83, sign);
   return right;
-}
-
-// ---- Threads: as in native.cpp -------------------------------------------------------------------
-
-static void run(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
-  struct Shared {
-    std::atomic<int64_t> next{0};
-    int64_t done = 0;
-    std::mutex mutex;
-    std::condition_variable all;
-  };
-  auto shared = std::make_shared<Shared>();  // a thread may come when everything is over
-  auto work = [shared, count, &task] {
-    int64_t mine = 0;
-    for (int64_t i; (i = shared->next++) < count; mine++) task(i);
-    if (!mine) return;
-    std::lock_guard<std::mutex> lock(shared->mutex);
-    if ((shared->done += mine) == count) shared->all.notify_one();
-  };
-  int64_t others = std::min(count, pool.num_threads()) - 1;
-  for (int64_t i = 0; i < others; i++) pool.Schedule(std::function<void()>(work));
-  work();
-  std::unique_lock<std::mutex> lock(shared->mutex);
-  shared->all.wait(lock, [&] { return shared->done == count; });
 }
 
 // ---- The ternary product -------------------------------------------------------------------------

@@ -5,53 +5,17 @@ for four inputs the 81 sums there can be are computed once and looked up, in int
 alike. Compiled at first use like `native`, beside it, and missing where that one is.
 """
 
-import ctypes
 import functools
-import os
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import native
+from . import build
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("training.cpp", "training_kernels.h"))
 _TARGETS = ("bitnet_ternary_product", "bitnet_grad_weight", "bitnet_float_product")
-
-
-def _open() -> tuple[tuple[str, ...], str]:
-    if os.environ.get("BITNET_JAX_NATIVE") == "0":
-        raise native.Unavailable("no native op: BITNET_JAX_NATIVE=0 switches it off")
-    library = native.library_of(_SOURCES)
-    library.bitnet_training_variant.restype = ctypes.c_char_p
-    right, i = [], 0
-    while name := library.bitnet_training_variant(i):
-        i += 1
-        if library.bitnet_training_check(ctypes.c_char_p(name)):
-            right.append(name.decode())
-    if not right:
-        raise native.Unavailable("no native training ops: their sums were wrong here")
-    for target in _TARGETS:
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[target]), platform="cpu")
-    return tuple(right), f"native training ops, variant {right[0]}"
-
-
-@functools.cache
-def _loaded() -> tuple[tuple[str, ...], str]:
-    try:
-        return _open()
-    except native.Unavailable as why:
-        return (), str(why)
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        return (), f"no native training ops: {type(error).__name__}: {str(error)[:200]}"
-
-
-def _library() -> tuple[tuple[str, ...], str]:
-    with native.LOCK:  # one compilation, however many threads ask
-        return _loaded()
+_library = build.opener("training.cpp", "training_kernels.h", "tasks.h", targets=_TARGETS)
 
 
 def status() -> str:
@@ -59,12 +23,12 @@ def status() -> str:
 
     Compiles them if that was not done yet, which takes some seconds, once.
     """
-    return _library()[1]
+    return _library().status
 
 
 def variants() -> tuple[str, ...]:
     """Variants of the ops that run here, the best first; empty where there is none."""
-    return _library()[0]
+    return _library().variants
 
 
 def ternary_product(
@@ -178,9 +142,9 @@ def _spread(axes: int, *operands: tuple[jax.Array, int]) -> list[jax.Array]:
 def _call(
     target: str, shape: tuple, dtype, isa: str | None, *operands: jax.Array, vmap="expand_dims"
 ) -> Callable:
-    names, why = _library()
+    names = variants()
     if not names:
-        raise RuntimeError(why)
+        raise RuntimeError(status())
     if isa is not None and isa not in names:
         raise ValueError(f"no variant {isa!r} here, only {', '.join(names)}")
     # A sum of all operands has what shard_map wants to know: along which mesh axes results differ.
