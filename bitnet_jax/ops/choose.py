@@ -1,4 +1,6 @@
-"""Which op multiplies packed codes: the one place that picks it, by platform and rows.
+"""Which op multiplies: the one place that picks it, by platform and rows.
+
+Packed codes (`choose`):
 
 | platform | rows  | op     | why                                                              |
 |----------|-------|--------|------------------------------------------------------------------|
@@ -11,16 +13,31 @@
 
 `pallas-tpu` is never picked: no TPU has run it.
 
-Every op gives the same int32 accumulators, to the bit, so the choice is never seen in a result.
+Codes of one byte, which training multiplies by, forward and for both gradients (`choose_dense`):
+
+| platform            | op     | why                                                             |
+|---------------------|--------|-----------------------------------------------------------------|
+| cpu with int8 units | xla    | its int8 product is 8 to 13 times its float32 one               |
+| cpu without         | native | C++, looks sums up; where a compiler is there, for shapes above |
+|                     |        | a few rows; XLA's int8 is no faster than its float32 there      |
+| cpu without, small  | xla    | also without a compiler                                         |
+| other               | xla    | matrix units take int8                                          |
+
+Every op gives the same int32 accumulators, to the bit, so the choice is never seen in a result;
+gradients agree to float rounding.
 `bitnet-jax doctor` prints what this machine has; benchmarks/products.py times the ops.
 """
 
 import functools
+import platform as machine
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax import lax
 
-from . import decode, mosaic, native, pallas_tpu, xla
+from . import decode, mosaic, native, pallas_tpu, training, xla
 
 OPS = {
     "xla": xla.packed_product,
@@ -62,6 +79,60 @@ def choose(platform: str, rows: int) -> str:
     return "decode" if rows <= _FEW else "xla"
 
 
+# CPU flags of what multiplies int8 faster than float32, as Linux names them.
+_INT8_UNITS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
+# Looking sums up costs 81 additions a table: below these sizes they are not worth it.
+_DENSE = {"rows": 32, "inputs": 64, "outputs": 128}
+
+
+@functools.cache
+def int8_units() -> bool:
+    """Whether this CPU multiplies int8 faster than float32, in XLA's hands, by its flags."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:  # not Linux: Apple's own CPUs have them
+        return machine.machine() == "arm64"
+    return not _INT8_UNITS.isdisjoint(words)
+
+
+def choose_dense(platform: str, rows: int, inputs: int, outputs: int) -> str:
+    """``"native"`` or ``"xla"``, for rows of activations times a matrix of one-byte ternary codes.
+
+    Args:
+      platform: as XLA names it.
+      rows: that meet the matrix in a call.
+      inputs, outputs: the matrix's sizes.
+
+    >>> choose_dense("cuda", 1024, 384, 384)
+    'xla'
+    """
+    small = rows < _DENSE["rows"] or inputs < _DENSE["inputs"] or outputs < _DENSE["outputs"]
+    if platform != "cpu" or small or int8_units():
+        return "xla"
+    return "native" if training.variants() else "xla"
+
+
+def by_platform(
+    pick: Callable[[str], str], forms: Mapping[str, Callable], *operands: Any
+) -> jax.Array:
+    """``forms[pick(platform)](*operands)``, for the platform the program is compiled for.
+
+    Args:
+      pick: platform, ``"cpu"``, ``"cuda"``, ``"tpu"`` or ``"other"``, to a name of ``forms``.
+      forms: what gives the same result in several ways.
+      operands: arrays, or trees of them.
+
+    >>> by_platform(lambda platform: "twice", {"twice": lambda x: 2 * x}, jax.numpy.ones(())).item()
+    2.0
+    """
+    # No program for a GPU is traced where there is none: that takes longer than a small product's.
+    there = {"cpu": True, "cuda": mosaic.available(), "tpu": _tpu_has_no_int8()}
+    other = forms[pick("other")]
+    own = {name: forms[pick(name)] for name, found in there.items() if found}
+    own = {name: form for name, form in own.items() if form is not other}
+    return lax.platform_dependent(*operands, **own, default=other) if own else other(*operands)
+
+
 def packed_product(
     x: jax.Array,
     codes: jax.Array,
@@ -99,11 +170,10 @@ def packed_product(
         if op not in OPS:
             raise ValueError(f"op {op!r}: expected one of {', '.join(OPS)}")
         return OPS[op](x, codes, in_features, index)
-    run = lambda platform: functools.partial(
-        lambda x, codes, name: OPS[name](x, codes, in_features, index),
-        name=choose(platform, x.shape[-2]),
-    )
-    # No program for a GPU is traced where there is none: that takes longer than a small product's.
-    own = {"cuda": run("cuda")} if mosaic.available() else {}
-    own |= {"tpu": run("tpu")} if _tpu_has_no_int8() else {}
-    return lax.platform_dependent(x, codes, cpu=run("cpu"), **own, default=run("other"))
+    forms = {
+        name: functools.partial(
+            lambda x, codes, run: run(x, codes, in_features, index), run=OPS[name]
+        )
+        for name in OPS
+    }
+    return by_platform(lambda platform: choose(platform, x.shape[-2]), forms, x, codes)
