@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet_jax import ops
-from bitnet_jax.ops import native
+from bitnet_jax.ops import build, native
 from bitnet_jax.packed import pack_codes
 
 from .battery import run_python
@@ -196,7 +196,7 @@ def test_sharded_over_two_devices():
         """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
-from bitnet_jax.ops import native
+from bitnet_jax.ops import build, native
 from bitnet_jax.packed import pack_codes
 mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
 random = np.random.default_rng(0)
@@ -269,4 +269,4 @@ def test_a_wrong_variant_is_left_out():
         def bitnet_check(self, name):
             return {b"avx512vnni": 0, b"avx2": -1, b"portable": 1}[name.value]
 
-    assert native._trusted(Broken()) == (("portable",), ("avx512vnni",))
+    assert build.trusted(Broken()) == (("portable",), ("avx512vnni",))

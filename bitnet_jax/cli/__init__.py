@@ -12,9 +12,10 @@ from rich.console import Console
 from ..errors import BitnetError
 from ..output import write_json
 from .checks import Doctor, Inspect, Sandbox
+from .generate import Generate
 from .jobs import Compress, Demo
 from .phase5 import Continue
-from .use import Eval, Generate
+from .use import Eval
 
 _COMMANDS = {
     "demo": Demo,

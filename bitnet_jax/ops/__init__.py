@@ -5,5 +5,6 @@ The ops for packed codes share one signature and one result, to the bit; `packed
 
 from .choose import OPS as OPS
 from .choose import choose as choose
+from .choose import int8_product as int8_product
 from .choose import packed_product as packed_product
 from .xla import integer_product as integer_product

@@ -7,6 +7,9 @@
 | cpu      | 3 ... | xla    | unpacks, then XLA's int8 product; without a compiler             |
 | other    | any   | xla    | the only op for GPU and TPU so far                               |
 
+8-bit codes, read in one of two layouts, have ops of their own with the same names: native for up to
+16 rows on a CPU, without a compiler decode for one row of a table, xla for all else.
+
 Every op gives the same int32 accumulators, to the bit, so the choice is never seen in a result.
 `bitnet-jax doctor` prints what this machine has; benchmarks/products.py times the ops.
 """
@@ -16,15 +19,22 @@ import functools
 import jax
 from jax import lax
 
-from . import decode, native, xla
+from . import decode, int8, native, xla
 
 OPS = {
     "xla": xla.packed_product,
     "decode": decode.packed_product,
     "native": native.packed_product,
 }
+INT8_OPS = {
+    "xla": xla.int8_product,
+    "decode": decode.int8_table,
+    "native": int8.int8_product,
+}
 # More rows than this unpack once rather than walk over the bytes again for each of them.
 _FEW = 2
+# More rows than this share XLA's signed copy of an 8-bit weight.
+_FEW_INT8 = 16
 
 
 def choose(platform: str, rows: int) -> str:
@@ -84,5 +94,40 @@ def packed_product(
     run = lambda platform: functools.partial(
         lambda x, codes, name: OPS[name](x, codes, in_features, index),
         name=choose(platform, x.shape[-2]),
+    )
+    return lax.platform_dependent(x, codes, cpu=run("cpu"), default=run("other"))
+
+
+def choose_int8(platform: str, rows: int, table: bool) -> str:
+    """The name of the op for 8-bit codes, so many rows and that layout, out of `INT8_OPS`.
+
+    >>> choose_int8("cuda", 1, True), choose_int8("cpu", 1000, True)
+    ('xla', 'xla')
+    """
+    if platform == "cpu" and rows <= _FEW_INT8 and int8.variants():
+        return "native"
+    return "decode" if platform == "cpu" and rows == 1 and table else "xla"
+
+
+def int8_product(x: jax.Array, codes: jax.Array, table: bool = False) -> jax.Array:
+    """int8 activations times packed 8-bit codes, by the op that suits where it runs.
+
+    out[m, n] = sum over k of x[m, k] * (code[k, n] - 128), or code[n, k] of a table
+
+    Args:
+      x: int8 (rows, k).
+      codes: uint8 (k, n), or (n, k) for a table; values from 1 to 255.
+      table: whether the codes lie (n, k).
+
+    Returns:
+      int32 (rows, n).
+
+    >>> import jax.numpy as jnp
+    >>> int8_product(jnp.full((1, 2), 2, jnp.int8), jnp.array([[129, 131]], jnp.uint8), True)
+    Array([[8]], dtype=int32)
+    """
+    run = lambda platform: functools.partial(
+        lambda x, codes, name: INT8_OPS[name](x, codes, table),
+        name=choose_int8(platform, x.shape[0], table),
     )
     return lax.platform_dependent(x, codes, cpu=run("cpu"), default=run("other"))

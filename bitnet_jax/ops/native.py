@@ -1,127 +1,19 @@
 """The CPU op in C++: packed codes read as they are stored, int8 in, int32 out, exact.
 
-It is compiled at first use, never at import, with the compiler that is there and the headers of the
-jaxlib that runs: a library built with newer headers would make XLA's whole CPU backend fail, which
-is also why no binary is installed with the package. It lies in a cache afterwards. Without a
-compiler there is no native op, `status` says so, and nothing else changes.
+It is compiled at first use, see build.py. Without a compiler there is no native op, `status` says
+so, and nothing else changes.
 
 ``python -m bitnet_jax.ops.native`` compiles it now, for an image or a cluster, and prints `status`.
 """
-
-import ctypes
-import dataclasses
-import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-import threading
-from importlib.metadata import version
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "native_kernels.h"))
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
+from . import build
+
 _TARGET = "bitnet_packed_product"
-_LOCK = threading.Lock()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Library:
-    variants: tuple[str, ...]  # that run here and compute what they should, the best first
-    status: str
-
-
-class _Unavailable(Exception):
-    """Why there is no native op, as a sentence for `status`."""
-
-
-def _compiler() -> list[str]:
-    for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
-        words = shlex.split(name)
-        if words and shutil.which(words[0]):
-            return words
-    raise _Unavailable("no native op: no C++ compiler was found (g++, clang++, c++ or $CXX)")
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "bitnet_jax"
-
-
-def _library_file(command: list[str]) -> Path:
-    """Everything that decides what the library holds is in its name, so none is ever stale."""
-    include = Path(jax.ffi.include_dir())
-    key = hashlib.sha256(" ".join((*command, version("jaxlib"), platform.machine())).encode())
-    for file in (*_SOURCES, include / "xla" / "ffi" / "api" / "c_api.h"):
-        key.update(file.read_bytes())
-    return _cache() / f"native-{key.hexdigest()[:20]}.so"
-
-
-def _compile(command: list[str], file: Path) -> None:
-    """Written beside its place and renamed: complete or absent, however many processes try."""
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        made = Path(folder) / file.name
-        done = subprocess.run(
-            [*command, str(_SOURCES[0]), "-o", str(made)],
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        if done.returncode:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), "")
-            raise _Unavailable(f"no native op: {command[0]} failed ({first.strip()[:200]})")
-        os.replace(made, file)
-
-
-def _trusted(library) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(variants that are right on this CPU, variants that run here and are wrong)."""
-    names, right, wrong = [], [], []
-    while name := library.bitnet_variant(len(names)):
-        names.append(name)
-        found = library.bitnet_check(ctypes.c_char_p(name))
-        if found >= 0:
-            (right if found else wrong).append(name.decode())
-    return tuple(right), tuple(wrong)
-
-
-def _open() -> _Library:
-    if os.environ.get("BITNET_JAX_NATIVE") == "0":
-        raise _Unavailable("no native op: BITNET_JAX_NATIVE=0 switches it off")
-    compiler, *own = _compiler()  # $CXX may bring flags; they come last, to win
-    command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *own]
-    file = _library_file(command)
-    if not file.exists():
-        _compile(command, file)
-    library = ctypes.CDLL(str(file))
-    library.bitnet_variant.restype = ctypes.c_char_p
-    right, wrong = _trusted(library)
-    dropped = f"; left out, because its sums were wrong here: {', '.join(wrong)}" if wrong else ""
-    if not right:
-        raise _Unavailable(f"no native op{dropped}")
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library[_TARGET]), platform="cpu")
-    also = f" (also here: {', '.join(right[1:])})" if right[1:] else ""
-    return _Library(right, f"native op, variant {right[0]}{also}{dropped}")
-
-
-@functools.cache
-def _loaded() -> _Library:
-    try:
-        return _open()
-    except _Unavailable as why:
-        return _Library((), str(why))
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        return _Library((), f"no native op: {type(error).__name__}: {str(error)[:200]}")
-
-
-def _library() -> _Library:
-    with _LOCK:  # one compilation, however many threads ask
-        return _loaded()
+_library = build.opener(_TARGET, "native.cpp", "native_kernels.h", "tasks.h")
 
 
 def status() -> str:
