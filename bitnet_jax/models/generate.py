@@ -279,7 +279,7 @@ def prepare(
 
     For who times a stream, or wants the wait for the compiler to lie elsewhere.
     """
-    key, i = jax.random.key(0), jnp.int32(1)
+    key, i = jax.random.key(0), np.int32(1)
     _check(model, prompt, steps, key, how, lengths)
     padded, at, size = _start(model, prompt, steps, lengths)
     first = _first.lower(model, params, padded, at, size, key, how)
@@ -294,7 +294,7 @@ def _drawn(model, params, prompt, steps, key, how, lengths) -> Iterator[jax.Arra
         tokens, length = jnp.pad(prompt, ((0, 0), (0, steps))), prompt.shape[1]
         for i in range(steps):
             token, tokens = _next_without_cache(
-                model, params, tokens, jnp.int32(length), key, jnp.int32(i), how
+                model, params, tokens, np.int32(length), key, np.int32(i), how
             )
             yield token
         return
@@ -302,7 +302,7 @@ def _drawn(model, params, prompt, steps, key, how, lengths) -> Iterator[jax.Arra
     token, cache = _first(model, params, padded, at, size, key, how)
     yield token
     for i in range(1, steps):
-        token, cache = _next(model, params, token, cache, at, key, jnp.int32(i), how)
+        token, cache = _next(model, params, token, cache, at, key, np.int32(i), how)
         yield token
 
 
