@@ -39,9 +39,9 @@ class DemoSettings:
     length: int = 128
     batch: int = 16
     tuning_batch: int = 8
-    float_steps: int = 300
-    tuning_steps: int = 240
-    held_out_windows: int = 400
+    float_steps: int = 200
+    tuning_steps: int = 140
+    held_out_windows: int = 320
     learning_rate: float = 8e-3
     config: DecoderConfig = DecoderConfig(vocab_size=512, layers=2, hidden=512)
 

@@ -85,7 +85,7 @@ def trusted(library) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(right), tuple(wrong)
 
 
-def _open(target: str, sources: tuple[Path, ...]) -> Library:
+def _open(sources: tuple[Path, ...], targets: tuple[str, ...]) -> Library:
     if os.environ.get("BITNET_JAX_NATIVE") == "0":
         raise Unavailable("no native op: BITNET_JAX_NATIVE=0 switches it off")
     first, *own = compiler()  # $CXX may bring flags; they come last, to win
@@ -99,18 +99,20 @@ def _open(target: str, sources: tuple[Path, ...]) -> Library:
     dropped = f"; left out, because its sums were wrong here: {', '.join(wrong)}" if wrong else ""
     if not right:
         raise Unavailable(f"no native op{dropped}")
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[target]), platform="cpu")
+    for target in targets:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[target]), platform="cpu")
     also = f" (also here: {', '.join(right[1:])})" if right[1:] else ""
     return Library(right, f"native op, variant {right[0]}{also}{dropped}")
 
 
-def opener(target: str, *names: str) -> Callable[[], Library]:
-    """A function that compiles and registers an op, once, at its first call.
+def opener(*names: str, targets: tuple[str, ...]) -> Callable[[], Library]:
+    """A function that compiles a library and registers its ops, once, at its first call.
 
     Args:
-      target: name of the FFI handler that the library defines; it also defines `bitnet_variant` and
-        `bitnet_check`.
-      names: the source file to compile, and the files it includes, all beside this one.
+      names: the source file to compile, and the files it includes, all beside this one. It defines
+        `bitnet_variant` (i -> name, null after the last) and `bitnet_check` (name -> 1 if its
+        results are right here, 0 if wrong, -1 if this CPU lacks it).
+      targets: the FFI handlers it defines.
     """
     sources = tuple(Path(__file__).with_name(name) for name in names)
     found: list[Library] = []
@@ -119,7 +121,7 @@ def opener(target: str, *names: str) -> Callable[[], Library]:
         with _LOCK:  # one compilation, however many threads ask
             if not found:
                 try:
-                    found.append(_open(target, sources))
+                    found.append(_open(sources, targets))
                 except Unavailable as why:
                     found.append(Library((), str(why)))
                 except (OSError, subprocess.SubprocessError, AttributeError) as error:

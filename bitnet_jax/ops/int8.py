@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from . import build, xla
 
 _TARGET = "bitnet_int8_product"
-_library = build.opener(_TARGET, "int8.cpp", "tasks.h")
+_library = build.opener("int8.cpp", "tasks.h", targets=(_TARGET,))
 
 
 def status() -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from . import build
 
 _TARGET = "bitnet_packed_product"
-_library = build.opener(_TARGET, "native.cpp", "native_kernels.h", "tasks.h")
+_library = build.opener("native.cpp", "native_kernels.h", "tasks.h", targets=(_TARGET,))
 
 
 def status() -> str:

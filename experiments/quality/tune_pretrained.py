@@ -40,6 +40,8 @@ class Main:
     """Peak for the ternary model."""
     float_learning_rate: float = 2e-5
     """Peak for the float model continued beside it."""
+    start: Literal["data", "rule"] = "data"
+    """How the model is made ternary before training; by data takes minutes, even on a GPU."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What activations are computed in."""
 
@@ -54,6 +56,7 @@ class Main:
         settings = phase4.Settings(
             epochs=self.epochs, batch=self.batch, accumulate=self.accumulate,
             learning_rate=self.learning_rate, float_learning_rate=self.float_learning_rate,
+            start=self.start,
         )  # fmt: skip
         out = prepare_output(self.out)
         result = phase4.run(source, train, held_out, out, settings, "The ", console)
