@@ -17,7 +17,7 @@ from . import checkpoint, handoff, phase4, shrink
 from . import plan as planning
 from .convert import keep_what_layers_refuse, path_name
 from .errors import BitnetError
-from .interop import phase3
+from .interop import foreign, phase3
 from .interop.torch import from_torch
 from .models.decoder import DecoderConfig
 from .models.folder import TOKENIZER, ModelFolder, PythonModule, load_model
@@ -41,8 +41,9 @@ def load_source(
     """A language model from whatever the user has.
 
     Args:
-      path: a model folder of ours; a Phase 3 checkpoint; or PyTorch weights (safetensors, sharded
-        too, or .pt), or a checkpoint of ours without a network, with ``module``.
+      path: a model folder of ours; a Hugging Face folder or a .gguf file; a Phase 3 checkpoint; or
+        PyTorch weights (safetensors, sharded too, or .pt), or a checkpoint of ours without a
+        network, with ``module``.
       module: ``file.py:Name``, the Linen network the weights are for, see `PythonModule`.
       tokenizer: a ``tokenizer.json``, or ``"bytes"``; by default the one beside the weights.
       console: where to say which tensors were used, tied and left over, what was assumed.
@@ -53,10 +54,13 @@ def load_source(
       BitnetError: if files are missing or damaged, or weights and network do not fit.
     """
     network = None if module is None else PythonModule(module)
+    if network is None and foreign.kind_of(path) is not None:
+        _only_phase3(path, architecture, overrides)
+        own = None if tokenizer is None else _tokenizer(path, tokenizer)
+        return foreign.load(path, own, console)
     if network is None and phase3.is_phase3(path):
         return _phase3(path, tokenizer, console, architecture, overrides)
-    if architecture or overrides:
-        raise BitnetError(f"{path}: is no Phase 3 checkpoint; leave out --architecture and --set")
+    _only_phase3(path, architecture, overrides)
     if not path.exists():
         raise BitnetError(f"{path}: no such file or folder; give a model folder or PyTorch weights")
     if (path / "manifest.json").is_file():
@@ -98,6 +102,11 @@ def _phase3(
     for line in told if console else []:
         console.print(f"[yellow]{line}[/]", highlight=False)  # pyright: ignore
     return ModelFolder(found.config, None, found.variables, _tokenizer(path, tokenizer))
+
+
+def _only_phase3(path: Path, architecture: Path | None, overrides: Mapping[str, Any]) -> None:
+    if architecture or overrides:
+        raise BitnetError(f"{path}: is no Phase 3 checkpoint; leave out --architecture and --set")
 
 
 def _needed(path: Path, network: PythonModule | None) -> PythonModule:
@@ -274,10 +283,10 @@ def load_weights(
       BitnetError: if files are missing or damaged.
     """
     ours = (path / "manifest.json").is_file()
-    if module is not None or ours or phase3.is_phase3(path):
+    known = ours or foreign.kind_of(path) is not None or phase3.is_phase3(path)
+    if module is not None or known:
         return load_source(path, module, tokenizer, console, architecture, overrides)
-    if architecture or overrides:
-        raise BitnetError(f"{path}: is no Phase 3 checkpoint; leave out --architecture and --set")
+    _only_phase3(path, architecture, overrides)
     imported = from_torch(path)
     for line in imported.report.lines() if console else []:
         console.print(line, highlight=False)  # pyright: ignore[reportOptionalMemberAccess]
@@ -316,6 +325,7 @@ def plan_for(
         # Layers would make a float16 kernel ternary as they make latent weights: 8 bits at most.
         params, formats = source.params, ("ternary", "int4", "int8")
         overhead += len(source.tokenizer.to_str().encode())
+        overhead += sum(len(data) for data in source.files.values())
         fixed = _PHASE3_RULES if isinstance(source.config, Phase3Config) else ()
     leaves = jax.tree.leaves(params)
     overhead += _ARRAY_BYTES * (len(leaves) + sum(x.ndim > 1 for x in leaves))

@@ -19,6 +19,7 @@ _SIZE = 2048
 _REASONS = {
     "native": "C++ reads the packed codes as they lie",
     "decode": "no C++ op here; plain JAX on packed codes, good for one or two rows",
+    "mosaic": "int8 tensor cores read the packed codes as they lie",
     "xla": "unpacks to int8, then XLA's own product",
 }
 
@@ -49,7 +50,7 @@ def examine(repeats: int = 7) -> dict:
     codes = jnp.asarray(random.integers(0, 171, (_SIZE // 4, _SIZE)) & 0xAA, jnp.uint8)
     weight = jnp.asarray(random.standard_normal((_SIZE, _SIZE)), jnp.float32)
     for rows in _ROWS:
-        name = choose(backend, rows)
+        name = choose("cuda" if backend == "gpu" else backend, rows)
         x = jnp.asarray(random.integers(-127, 128, (rows, _SIZE)), jnp.int8)
         ours = jax.jit(lambda x, codes, op=OPS[name]: op(x, codes, _SIZE))
         floats, y = jax.jit(jnp.dot), x.astype(jnp.float32)

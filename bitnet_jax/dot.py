@@ -22,7 +22,7 @@ from .leaf import (
     is_quantized,
     split,
 )
-from .ops import int8_product, integer_product, packed_product
+from .ops import int8_product, integer_product, mosaic, packed_product, scaled
 from .packed import unpack_weight
 from .quantize import Scheme, grouped, matrix_values, quantize_activations, quantize_weights
 
@@ -111,6 +111,23 @@ def _scaled(
     return (sums * _rows_like(weight.scale, rows)).sum(batch_dims)
 
 
+def _rescaled(codes, scale, weight, batch_dims, dtype, op):
+    """`_scaled` times the activations' scale, in dtype; one kernel for many rows on Hopper."""
+    plain = lambda *a: (_scaled(a[0], a[2], batch_dims, op) * a[1]).astype(dtype)
+    shape, outputs = codes.shape, weight.codes.shape[-1]
+    fits = scaled.fits(math.prod(shape[:-1]), shape[-1], outputs, dtype) and mosaic.available()
+    if not fits or batch_dims or weight.group or op is not None:
+        return plain(codes, scale, weight)
+
+    def kernel(codes, scale, weight):
+        weight = unpack_weight(weight) if isinstance(weight, Packed) else weight
+        x, scale = codes.reshape(-1, shape[-1]), scale.reshape(-1, 1)
+        out = scaled.scaled_product(x, scale, weight.codes, weight.scale, dtype)
+        return out.reshape(*shape[:-1], outputs)
+
+    return lax.platform_dependent(codes, scale, weight, cuda=kernel, default=plain)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def _product(x, latent, weight, batch_dims, dtype, precision, op):
     """x (*batch, *rows, in) times weight (*batch, in, out); ``latent`` only receives a gradient."""
@@ -119,10 +136,10 @@ def _product(x, latent, weight, batch_dims, dtype, precision, op):
 
 def _product_fwd(x, latent, weight, batch_dims, dtype, precision, op):
     codes, scale = quantize_activations(x)
-    out = _scaled(codes, weight, batch_dims, op) * scale
+    out = _rescaled(codes, scale, weight, batch_dims, dtype, op)
     # Whether there is a latent weight is structure, so that it stays known to Python.
     trained = None if latent is None else ()
-    return out.astype(dtype), (codes, scale, weight, trained)
+    return out, (codes, scale, weight, trained)
 
 
 def _product_bwd(batch_dims, dtype, precision, op, residuals, g):

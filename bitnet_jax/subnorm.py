@@ -63,7 +63,7 @@ def insert_sub_norms(
     config = _check(source, tokens)
     changed = dataclasses.replace(source, config=dataclasses.replace(config, sub_norms=True))
     sites = [(f"layer_{i}", part) for i in range(config.layers) for part in ("attention", "mlp")]
-    widths = {"attention": config.width, "mlp": config.hidden}
+    widths = {"attention": config.heads * config.head_dim, "mlp": config.hidden}
     params = source.params
     for site in sites:  # all scales are there from the start, since the module asks for them
         params = _with_scale(params, site, jnp.ones(widths[site[1]]))

@@ -24,6 +24,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 _JOBS = (
     "test_phase3_jobs", "test_experiments", "test_compress", "test_phase4", "test_cli",
     "test_resume", "test_quality_bench", "test_decoder", "test_train", "test_subnorm",
+    "test_gguf", "test_gguf_llamacpp",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from ..errors import BitnetError
 from ..output import write_json
 from .checks import Doctor, Inspect, Sandbox
+from .export import Export
 from .generate import Generate
 from .jobs import Compress, Demo
 from .phase5 import Continue
@@ -23,6 +24,7 @@ _COMMANDS = {
     "continue": Continue,
     "eval": Eval,
     "generate": Generate,
+    "export": Export,
     "inspect": Inspect,
     "doctor": Doctor,
     "sandbox": Sandbox,

@@ -29,10 +29,13 @@ class Sandbox:
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Say what is in a packed checkpoint, and verify every checksum in it."""
+    """Say what is in a packed checkpoint, and verify every checksum in it.
+
+    A Hugging Face folder or a .gguf file is read as we read it, of an .onnx file the tensors.
+    """
 
     dir: tyro.conf.Positional[Path]
-    """Folder of the checkpoint."""
+    """Folder of the checkpoint, or the file."""
     json: Json = None
     """Also write what was found to this file."""
 

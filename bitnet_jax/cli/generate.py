@@ -20,7 +20,7 @@ class Generate:
     """Continue a prompt, printed as it is written, or several at once, printed when they end."""
 
     model: tyro.conf.Positional[Path]
-    """A model folder, or PyTorch weights with --module."""
+    """A model folder, ours or Hugging Face's, a .gguf file, or PyTorch weights with --module."""
     prompt: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")
     ] = ()

@@ -43,10 +43,11 @@ class Demo:
 class Compress:
     """Make your own model ternary: measure, plan, convert, fine-tune, pack, verify, report.
 
-    MODEL is a model folder of ours; a Phase 3 checkpoint; or PyTorch weights (safetensors, also
-    sharded, or .pt) with the network they are for, --module net.py:Net: a flax.linen module from
-    tokens to logits whose ternary layers take a scheme. Without --data any weights are converted,
-    packed and verified leaf by leaf, and nothing is trained.
+    MODEL is a model folder of ours; a Hugging Face folder or a .gguf file of the Llama family; a
+    Phase 3 checkpoint; or PyTorch weights (safetensors, also sharded, or .pt) with the network they
+    are for, --module net.py:Net: a flax.linen module from tokens to logits whose ternary layers
+    take a scheme. Without --data any weights are converted, packed and verified leaf by leaf, and
+    nothing is trained.
     """
 
     model: tyro.conf.Positional[Path]

@@ -20,7 +20,7 @@ class Eval:
     """Loss, accuracy and perplexity of a model on text, and its agreement with another model."""
 
     model: tyro.conf.Positional[Path]
-    """A model folder, or PyTorch weights with --module."""
+    """A model folder, ours or Hugging Face's, a .gguf file, or PyTorch weights with --module."""
     data: Annotated[Path, tyro.conf.arg(metavar="PATH")]
     """Text: a file or a folder. Measured is the tenth that compress holds out."""
     against: Annotated[Path | None, tyro.conf.arg(metavar="MODEL")] = None

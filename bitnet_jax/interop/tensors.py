@@ -1,7 +1,6 @@
 """Weights on disk to named arrays: safetensors, sharded or not, and PyTorch's own files."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import safetensors
 
 from ..errors import BitnetError
+from .mapped import header, read_index
 from .unpickle import load
 
 _TORCH = (".pt", ".pth", ".bin")
@@ -80,6 +80,7 @@ def inside(folder: Path) -> Path:
 
 
 def _safetensors(path: Path) -> Tensors:
+    header(path)  # refuses what the library below takes: a name that stands twice
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             names, metadata = list(file.keys()), file.metadata() or {}
@@ -97,18 +98,10 @@ def _safetensors(path: Path) -> Tensors:
 
 
 def _shards(index: Path) -> Tensors:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        names = sorted({str(v) for v in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise BitnetError(f"{index}: not an index of shards (no weight_map)") from e
+    weight_map = read_index(index)
     arrays: dict[str, np.ndarray] = {}
     tied: dict[str, str] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise BitnetError(f"{index}: shard {name!r} is not beside it; refused")
-        if not (index.parent / name).is_file():
-            raise BitnetError(f"{index}: its shard {name} is missing; copy it beside the index")
+    for name in sorted(set(weight_map.values())):
         shard = _safetensors(index.parent / name)
         if twice := sorted(arrays.keys() & shard.arrays.keys()):
             raise BitnetError(f"{index}: {twice[0]} is in two shards; the folder is inconsistent")

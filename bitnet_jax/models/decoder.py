@@ -38,12 +38,17 @@ class DecoderConfig:
       activation: ``"silu"`` (SwiGLU, Llama) or ``"relu2"`` (squared ReLU, BitNet 2B-4T).
       sub_norms: RMSNorm before the two output projections, as in BitNet.
       tied: the head is the embedding's transpose.
+      head_size: features of a head; 0 for width / heads, as most models have them.
+      qkv_bias: query, key and value have a bias (Qwen2).
+      qk_norm: RMSNorm over the features of each query and key head (Qwen3).
+      rope_scaling: () for none, or Llama 3's (factor, low, high, length), see `frequencies`.
       remat: recompute each block in the backward pass instead of keeping its activations.
       dtype: what activations are computed in, ``"float32"`` or ``"bfloat16"``; parameters, norms,
         scales and logits stay in float32.
 
     Raises:
-      ValueError: if heads do not divide width, or kv_heads do not divide heads.
+      ValueError: if heads do not divide width, kv_heads do not divide heads, or another value makes
+        no network.
 
     >>> DecoderConfig(vocab_size=1024).head_dim
     64
@@ -63,9 +68,15 @@ class DecoderConfig:
     tied: bool = True
     remat: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
+    head_size: int = 0
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: tuple[float, ...] = ()
 
     def __post_init__(self):
-        if self.width % self.heads or self.heads % self.kv_heads or self.head_dim % 2:
+        object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))  # JSON gives a list
+        divided = self.head_size or self.width % self.heads == 0
+        if not divided or self.heads % self.kv_heads or self.head_dim % 2:
             raise ValueError(
                 f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads}: heads must "
                 "divide width into an even number of features, and kv_heads must divide heads"
@@ -74,26 +85,52 @@ class DecoderConfig:
             raise ValueError(f"activation {self.activation!r}: expected 'silu' or 'relu2'")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r}: expected 'float32' or 'bfloat16'")
+        if len(self.rope_scaling) not in (0, 4):
+            raise ValueError(f"rope_scaling {self.rope_scaling}: expected 4 numbers, or none")
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return self.head_size or self.width // self.heads
 
     def build(self, scheme: Scheme | None) -> "Decoder":
         """The network of this shape, float for None."""
         return Decoder(self, scheme)
 
 
-def rotary(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+def frequencies(half: int, base: float, scaling: tuple[float, ...] = ()) -> jax.Array:
+    """Radians a position of each rotated pair: f_i = base ** (-i / half).
+
+    With Llama 3.1's scaling (factor, low, high, length), pairs that turn fewer than ``low`` times
+    in ``length`` positions, those the model was first trained on, turn ``factor`` times slower,
+    pairs that turn more than ``high`` times as before, and those between in between:
+
+    f_i (k + (1 - k) / factor),  k = clip((length f_i / 2 pi - low) / (high - low), 0, 1)
+
+    >>> [round(float(f), 4) for f in frequencies(2, 100.0)]
+    [1.0, 0.1]
+    >>> [round(float(f), 4) for f in frequencies(2, 100.0, (8.0, 1.0, 4.0, 40))]
+    [1.0, 0.0125]
+    """
+    f = base ** (-jnp.arange(half) / half)
+    if not scaling:
+        return f
+    factor, low, high, length = scaling
+    kept = jnp.clip((length / (2 * jnp.pi) * f - low) / (high - low), 0, 1)
+    return f * (kept + (1 - kept) / factor)
+
+
+def rotary(
+    x: jax.Array, positions: jax.Array, base: float, scaling: tuple[float, ...] = ()
+) -> jax.Array:
     """Rotary positions (arXiv 2104.09864), halves rotated as in Llama's checkpoints.
 
     Args:
       x: (batch, length, heads, head_dim).
       positions: integer positions, (length,) or, each row its own, (batch, length).
-      base: base of the frequencies, base ** (-2 i / head_dim).
+      base, scaling: of the `frequencies`.
     """
     half = x.shape[-1] // 2
-    angles = positions[..., None] * base ** (-jnp.arange(half) / half)
+    angles = positions[..., None] * frequencies(half, base, scaling)
     # Behind a barrier, or XLA would compute them again for every head and layer.
     cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
     cos, sin = cos[..., None, :], sin[..., None, :]
@@ -181,12 +218,15 @@ class Attention(nn.Module):
         c, dense = self.config, _dense(self.config, self.scheme)
         batch, length, _ = x.shape
         heads = lambda y: y.reshape(batch, length, -1, c.head_dim)
-        query = heads(dense(c.width, name="query")(x))
-        key = heads(dense(c.kv_heads * c.head_dim, name="key")(x))
-        value = heads(dense(c.kv_heads * c.head_dim, name="value")(x))
+        biased = functools.partial(dense, use_bias=c.qkv_bias)
+        query = heads(biased(c.heads * c.head_dim, name="query")(x))
+        key = heads(biased(c.kv_heads * c.head_dim, name="key")(x))
+        value = heads(biased(c.kv_heads * c.head_dim, name="value")(x))
         show(self, q=query, k=key, v=value)
+        if c.qk_norm:
+            query, key = _norm(c, "query_norm")(query), _norm(c, "key_norm")(key)
         positions = start[..., None] + jnp.arange(length)
-        query, key = (rotary(y, positions, c.rope_base) for y in (query, key))
+        query, key = (rotary(y, positions, c.rope_base, c.rope_scaling) for y in (query, key))
         if cache is not None:
             cache = write(cache, key, value, start)
             key, value = cache["key"].transpose(0, 3, 1, 2), cache["value"].transpose(0, 2, 1, 3)
@@ -194,7 +234,7 @@ class Attention(nn.Module):
         if self.is_mutable_collection("intermediates"):  # an extra product, only for who asks
             self.sow("intermediates", "max_logits", largest_logits(query, key, seen))
         y = attend(query, key, value, jnp.expand_dims(seen, -3))
-        y = y.reshape(batch, length, c.width)
+        y = y.reshape(batch, length, c.heads * c.head_dim)
         show(self, mixed=y)
         if c.sub_norms:
             y = _norm(c, "sub_norm")(y)

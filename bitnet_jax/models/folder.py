@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,15 @@ class ModelFolder:
       scheme: of its ternary layers; None for a float model.
       params: its variables: float, latent or packed.
       tokenizer: text to tokens and back.
+      files: small files that go with the model wherever it goes, by name: what Hugging Face keeps
+        beside ``tokenizer.json``, say.
     """
 
     config: DecoderConfig | Phase3Config | PythonModule
     scheme: Scheme | None
     params: Any
     tokenizer: tokenizers.Tokenizer
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -130,7 +134,7 @@ def save_model(path: str | os.PathLike, folder: ModelFolder, overwrite: bool = F
         "config": dataclasses.asdict(folder.config),
         "scheme": None if folder.scheme is None else dataclasses.asdict(folder.scheme),
     }
-    files = {TOKENIZER: folder.tokenizer.to_str().encode()}
+    files = {**folder.files, TOKENIZER: folder.tokenizer.to_str().encode()}
     checkpoint.save(path, folder.params, metadata, files, overwrite)
 
 
@@ -158,4 +162,5 @@ def load_model(path: str | os.PathLike, module: PythonModule | None = None) -> M
         None if scheme is None else Scheme(**scheme),
         stored.tree,
         tokenizers.Tokenizer.from_str(stored.files[TOKENIZER].decode()),
+        {name: data for name, data in stored.files.items() if name != TOKENIZER},
     )

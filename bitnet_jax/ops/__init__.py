@@ -3,6 +3,7 @@
 The ops for packed codes share one signature and one result, to the bit; `packed_product` picks one.
 """
 
+from . import scaled as scaled
 from .choose import OPS as OPS
 from .choose import choose as choose
 from .choose import int8_product as int8_product

@@ -5,7 +5,8 @@
 | cpu      | any   | native | C++, reads 2 bits a weight; where a compiler is there            |
 | cpu      | 1, 2  | decode | plain JAX on packed bytes; without a compiler                    |
 | cpu      | 3 ... | xla    | unpacks, then XLA's int8 product; without a compiler             |
-| other    | any   | xla    | the only op for GPU and TPU so far                               |
+| cuda     | 1-128 | mosaic | int8 tensor cores on packed bytes; one GPU, Hopper or later      |
+| other    | any   | xla    | more rows or several GPUs; TPU                                   |
 
 8-bit codes, read in one of two layouts, have ops of their own with the same names: native for up to
 16 rows on a CPU, without a compiler decode for one row of a table, xla for all else.
@@ -19,12 +20,13 @@ import functools
 import jax
 from jax import lax
 
-from . import decode, int8, native, xla
+from . import decode, int8, mosaic, native, xla
 
 OPS = {
     "xla": xla.packed_product,
     "decode": decode.packed_product,
     "native": native.packed_product,
+    "mosaic": mosaic.packed_product,
 }
 INT8_OPS = {
     "xla": xla.int8_product,
@@ -35,6 +37,7 @@ INT8_OPS = {
 _FEW = 2
 # More rows than this share XLA's signed copy of an 8-bit weight.
 _FEW_INT8 = 16
+_FEW_ON_GPU = 128
 
 
 def choose(platform: str, rows: int) -> str:
@@ -47,6 +50,8 @@ def choose(platform: str, rows: int) -> str:
     >>> choose("tpu", 1)
     'xla'
     """
+    if platform == "cuda":
+        return "mosaic" if rows <= _FEW_ON_GPU and mosaic.available() else "xla"
     if platform != "cpu":
         return "xla"
     if native.variants():
@@ -95,7 +100,9 @@ def packed_product(
         lambda x, codes, name: OPS[name](x, codes, in_features, index),
         name=choose(platform, x.shape[-2]),
     )
-    return lax.platform_dependent(x, codes, cpu=run("cpu"), default=run("other"))
+    # No program for a GPU is traced where there is none: that takes longer than a small product's.
+    cuda = {"cuda": run("cuda")} if mosaic.available() else {}
+    return lax.platform_dependent(x, codes, cpu=run("cpu"), **cuda, default=run("other"))
 
 
 def choose_int8(platform: str, rows: int, table: bool) -> str:

