@@ -6,7 +6,10 @@
 | cpu      | 1, 2  | decode | plain JAX on packed bytes; without a compiler                    |
 | cpu      | 3 ... | xla    | unpacks, then XLA's int8 product; without a compiler             |
 | cuda     | 1-128 | mosaic | int8 tensor cores on packed bytes; one GPU, Hopper or later      |
-| other    | any   | xla    | more rows or several GPUs; TPU                                   |
+| tpu      | any   | xla    | v7: bfloat16 times float8 (xla-float8), for it has no int8 units |
+| other    | any   | xla    | more rows or several GPUs; TPUs before v7                        |
+
+`pallas-tpu` is never picked: no TPU has run it.
 
 8-bit codes, read in one of two layouts, have ops of their own with the same names: native for up to
 16 rows on a CPU, without a compiler decode for one row of a table, xla for all else.
@@ -20,13 +23,15 @@ import functools
 import jax
 from jax import lax
 
-from . import decode, int8, mosaic, native, xla
+from . import decode, int8, mosaic, native, pallas_tpu, xla
 
 OPS = {
     "xla": xla.packed_product,
     "decode": decode.packed_product,
     "native": native.packed_product,
     "mosaic": mosaic.packed_product,
+    "xla-float8": xla.packed_product_float8,
+    "pallas-tpu": pallas_tpu.packed_product,
 }
 INT8_OPS = {
     "xla": xla.int8_product,
@@ -38,6 +43,12 @@ _FEW = 2
 # More rows than this share XLA's signed copy of an 8-bit weight.
 _FEW_INT8 = 16
 _FEW_ON_GPU = 128
+
+
+@functools.cache
+def _tpu_has_no_int8() -> bool:
+    """Whether this process has TPUs of v7 (Ironwood) or later."""
+    return any(d.device_kind.startswith(("TPU7", "TPU8")) for d in jax.devices())
 
 
 def choose(platform: str, rows: int) -> str:
@@ -52,6 +63,8 @@ def choose(platform: str, rows: int) -> str:
     """
     if platform == "cuda":
         return "mosaic" if rows <= _FEW_ON_GPU and mosaic.available() else "xla"
+    if platform == "tpu" and _tpu_has_no_int8():
+        return "xla-float8"
     if platform != "cpu":
         return "xla"
     if native.variants():
@@ -101,8 +114,9 @@ def packed_product(
         name=choose(platform, x.shape[-2]),
     )
     # No program for a GPU is traced where there is none: that takes longer than a small product's.
-    cuda = {"cuda": run("cuda")} if mosaic.available() else {}
-    return lax.platform_dependent(x, codes, cpu=run("cpu"), **cuda, default=run("other"))
+    own = {"cuda": run("cuda")} if mosaic.available() else {}
+    own |= {"tpu": run("tpu")} if _tpu_has_no_int8() else {}
+    return lax.platform_dependent(x, codes, cpu=run("cpu"), **own, default=run("other"))
 
 
 def choose_int8(platform: str, rows: int, table: bool) -> str:
