@@ -14,6 +14,7 @@ from .leaf import (
     Int4,
     Int8,
     Packed,
+    PackedInt8,
     PackedTernary,
     Prequantized,
     Product,
@@ -25,6 +26,7 @@ from .leaf import (
 from .ops import (
     by_platform,
     choose_dense,
+    int8_product,
     integer_product,
     mosaic,
     packed_product,
@@ -38,15 +40,19 @@ DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int
 
 
 def accumulate(
-    x: jax.Array, weight: Quantized | PackedTernary, batch_dims: int = 0, op: str | None = None
+    x: jax.Array,
+    weight: Quantized | PackedTernary | PackedInt8,
+    batch_dims: int = 0,
+    op: str | None = None,
 ) -> jax.Array:
     """The integer accumulators: int8 codes of the activations times codes of the weight.
 
     Args:
       x: int8 (*batch, *rows, in).
-      weight: codes (*batch, in, out), or packed ternary ones, which are read as they are.
+      weight: codes (*batch, in, out), or packed ternary ones, or packed 8-bit ones (in, out)
+        without groups; packed ones are read as they are.
       batch_dims: number of leading axes the two share.
-      op: which op multiplies, see `bitnet_jax.ops`; None picks it.
+      op: which op multiplies ternary codes, see `bitnet_jax.ops`; None picks it.
 
     Returns:
       int32 (*batch, groups, *rows, out): one sum for each group of inputs that shares a scale.
@@ -60,6 +66,9 @@ def accumulate(
         if weight.group % 4 == 0:
             return _packed_sums(x, weight, batch_dims, op)
         weight = unpack_weight(weight)  # a byte whose codes have different scales
+    if isinstance(weight, PackedInt8):
+        sums = int8_product(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), weight.codes)
+        return sums.reshape(1, *x.shape[:-1], sums.shape[-1])
     product = functools.partial(_dense_product, op=op if isinstance(weight, Ternary) else "xla")
     if not weight.group:
         return jnp.expand_dims(product(x, weight.codes, batch_dims), batch_dims)
@@ -119,7 +128,9 @@ def _rows_like(scale: jax.Array, rows: int) -> jax.Array:
     return scale.reshape(*scale.shape[:-1], *(1,) * rows, scale.shape[-1])
 
 
-def _scaled(x: jax.Array, weight: Quantized | PackedTernary, batch_dims: int, op: str | None):
+def _scaled(
+    x: jax.Array, weight: Quantized | PackedTernary | PackedInt8, batch_dims: int, op: str | None
+):
     """x int8 (*batch, *rows, in) times codes and scale, float32 (*batch, *rows, out)."""
     if weight.group and isinstance(weight, Int8 | Int4):
         # The sums of each group by itself take groups times the room of the result: for 256 rows
@@ -256,7 +267,7 @@ def _latent_matrix(w: jax.Array, contract: Sequence[int], batch: Sequence[int]):
 
 def _leaf_matrix(
     w: Quantized | Packed, contract: Sequence[int], batch: Sequence[int]
-) -> tuple[Quantized | PackedTernary, tuple[int, ...]]:
+) -> tuple[Quantized | PackedTernary | PackedInt8, tuple[int, ...]]:
     """A quantised leaf already lies as (*batch, in, out): check it, say out's axes.
 
     It stays packed if an op reads its bytes as they are.
@@ -269,14 +280,16 @@ def _leaf_matrix(
             f"before them as batch; got contract {tuple(contract)}, batch {tuple(batch)}"
         )
     out = split(w.codes.shape[-1], w.out_shape)
-    if isinstance(w, Packed) and not isinstance(w, PackedTernary):
-        return unpack_weight(w), out
-    return w, out
+    if isinstance(w, Quantized | PackedTernary):
+        return w, out
+    if isinstance(w, PackedInt8) and not w.group and not stack:
+        return w, out
+    return unpack_weight(w), out
 
 
 def _weight_of(
     rhs: Any, scheme: Scheme, contract: Sequence[int], batch: Sequence[int]
-) -> tuple[jax.Array | None, Quantized | PackedTernary, tuple[int, ...]]:
+) -> tuple[jax.Array | None, Quantized | PackedTernary | PackedInt8, tuple[int, ...]]:
     """(latent matrix or None, quantised matrix, output axes) of whatever stands on the right."""
     if isinstance(rhs, Quantized | Packed):
         weight, out = _leaf_matrix(rhs, contract, batch)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .leaf import Packed, Quantized
-from .ops import by_platform, choose_dense, training
-from .packed import unpack_codes, unpack_weight
-from .quantize import dequantize
+from .leaf import Int8, Packed, PackedInt8, Quantized
+from .ops import by_platform, choose_dense, int8_product, training
+from .packed import pack_codes, unpack_codes, unpack_weight
+from .quantize import dequantize, quantize_activations
 
 
 def take(table: Quantized | Packed, ids: jax.Array, dtype: Any = None) -> jax.Array:
@@ -48,7 +48,11 @@ def take(table: Quantized | Packed, ids: jax.Array, dtype: Any = None) -> jax.Ar
 
 
 def attend(query: jax.Array, table: Quantized | Packed, dtype: Any = None) -> jax.Array:
-    """query @ table.T, in float: a tied output head.
+    """query @ table.T: a tied output head.
+
+    A table of 8-bit codes with a scale a row is multiplied as any other int8 weight is, by int8
+    activations:  (codes_x @ codes.T as int32) * scale * scale_x. Other tables are multiplied in
+    float.
 
     Args:
       query: (..., features), float.
@@ -56,11 +60,38 @@ def attend(query: jax.Array, table: Quantized | Packed, dtype: Any = None) -> ja
       dtype: of the product and the result; None for the common dtype of query and scale.
 
     Returns:
-      (..., rows).
+      (..., rows). Differentiable in the query, as if nothing were rounded.
     """
     dtype = dtype or jnp.result_type(query.dtype, table.dtype)
-    weight = unpack_weight(table) if isinstance(table, Packed) else table
-    return jnp.dot(query.astype(dtype), dequantize(weight).astype(dtype).T)
+    if isinstance(table, Int8 | PackedInt8) and table.group == 1 and table.scale.shape[-1] == 1:
+        rows = query.reshape(-1, query.shape[-1])
+        out = jnp.asarray(_integer_logits(rows, table))
+        return out.reshape(*query.shape[:-1], -1).astype(dtype)
+    return jnp.dot(query.astype(dtype), _values(table).astype(dtype).T)
+
+
+def _values(table: Quantized | Packed) -> jax.Array:
+    return dequantize(unpack_weight(table) if isinstance(table, Packed) else table)
+
+
+@jax.custom_vjp
+def _integer_logits(query: jax.Array, table: Int8 | PackedInt8) -> jax.Array:
+    """query (n, features) float, table (rows, features) -> float32 (n, rows)."""
+    codes, scale = quantize_activations(query)
+    packed = table.codes if isinstance(table, PackedInt8) else pack_codes(table.codes, 8)
+    return int8_product(codes, packed, table=True).astype(jnp.float32) * scale * table.scale[:, 0]
+
+
+def _integer_logits_fwd(query, table):
+    return _integer_logits(query, table), (query, table)
+
+
+def _integer_logits_bwd(residuals, g):
+    query, table = residuals
+    return (g @ _values(table)).astype(query.dtype), None
+
+
+_integer_logits.defvjp(_integer_logits_fwd, _integer_logits_bwd)
 
 
 def logits(query: jax.Array, table: jax.Array) -> jax.Array:

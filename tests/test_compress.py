@@ -324,11 +324,35 @@ def test_a_packed_model_is_not_compressed_again(done, capsys):
         (["--prompt", "x", "--tokens", "0"], "--tokens 0"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature -1.0"),
         (["--prompt", "x", "--top-p", "2"], "--top_p 2.0"),
+        (["--prompt", "x", "--stop", "never"], "--stop never: the tokenizer has no such token"),
+        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
+        ([], "--prompt TEXT or --prompts FILE"),
     ],
 )
 def test_generate_says_what_is_wrong(arguments, message, capsys):
     assert cli.main(["generate", "decoder", *arguments]) == 1
     assert message in complaint(capsys)
+
+
+def test_generate_continues_several_texts_at_once(home, capsys):
+    (home / "prompts.txt").write_text("two\n\nthree words here\n")
+    arguments = ["--tokens", "5", "--temperature", "0", "--json", "g.json"]
+    several = ["--prompt", "one", "--prompt", "one", "--prompts", "prompts.txt"]
+    assert cli.main(["generate", "decoder", *several, *arguments]) == 0
+    printed, found = capsys.readouterr(), json.loads(Path("g.json").read_text())
+    assert [x["prompt"] for x in found["texts"]] == ["one", "one", "two", "three words here"]
+    assert all(x["text"] in printed.out and x["tokens"] == 5 for x in found["texts"])
+    assert found["tokens"] == 20 and found["tokens_per_second"] > 0 and found["seconds"] > 0
+    assert re.search(r"20 tokens in .* s: prefill .* tokens/s, decode .* tokens/s", printed.err)
+    assert cli.main(["generate", "decoder", "--prompt", "two", *arguments]) == 0
+    alone = json.loads(Path("g.json").read_text())
+    assert alone["text"] == found["texts"][2]["text"] == alone["texts"][0]["text"]
+
+    tokenizer = load_model(home / "decoder").tokenizer
+    made = tokenizer.encode(alone["text"]).ids[3:]
+    stop = ["--prompt", "two", *arguments, "--stop", tokenizer.id_to_token(made[0])]
+    assert cli.main(["generate", "decoder", *stop]) == 0
+    assert "1 tokens in" in capsys.readouterr().err
 
 
 def test_generate_stops_where_the_model_ends(capsys):

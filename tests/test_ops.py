@@ -199,7 +199,7 @@ def test_sharded_over_two_devices():
         """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
-from bitnet_jax.ops import native
+from bitnet_jax.ops import build, native
 from bitnet_jax.packed import pack_codes
 mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
 random = np.random.default_rng(0)

@@ -14,9 +14,10 @@ from ..output import write_json
 from .bench import Bench
 from .checks import Doctor, Inspect, Sandbox
 from .export import Export
+from .generate import Generate
 from .jobs import Compress, Demo
 from .phase5 import Continue
-from .use import Eval, Generate
+from .use import Eval
 
 _COMMANDS = {
     "demo": Demo,

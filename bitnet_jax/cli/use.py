@@ -1,8 +1,6 @@
-"""``eval`` and ``generate``: what a model knows, and what it writes."""
+"""``eval``: what a model knows."""
 
 import dataclasses
-import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -79,68 +77,3 @@ def _table(result: dict) -> Table:
             cells += [f"{100 * other['top1']:.2f} %", f"{other['kl']:.4f}"]
         table.add_row(row["model"], *cells)
     return table
-
-
-@dataclasses.dataclass(frozen=True)
-class Generate:
-    """Continue a prompt, printed as it is written."""
-
-    model: tyro.conf.Positional[Path]
-    """A model folder, ours or Hugging Face's, a .gguf file, or PyTorch weights with --module."""
-    prompt: str
-    """Text to continue."""
-    tokens: int = 100
-    """How many tokens to add, at most as many as the model has room for."""
-    temperature: float = 0.7
-    """0 for the likeliest token every time."""
-    top_k: int = 40
-    """Draw among the k likeliest tokens; 0 for all."""
-    top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability."""
-    seed: int = 0
-    """Of the drawing."""
-    module: Module = None
-    """The network the weights are for, as for compress."""
-    tokenizer: Tokenizer = None
-    """A tokenizer.json, or bytes; by default the one beside the weights."""
-    json: Json = None
-    """Also write prompt, text and speed to this file."""
-
-    def __call__(self, console: Console) -> dict:
-        import jax
-        import jax.numpy as jnp
-
-        from .. import compress
-        from ..models.generate import Sampling, stream
-        from ..models.phase3 import Phase3Config
-
-        try:
-            how = Sampling(self.temperature, self.top_k, self.top_p)
-        except ValueError as e:
-            raise BitnetError(f"--{e}") from None
-        if self.tokens < 1:
-            raise BitnetError(f"--tokens {self.tokens}: must be 1 or more")
-        source = compress.load_source(self.model, self.module, self.tokenizer)
-        ids = source.tokenizer.encode(self.prompt).ids
-        if isinstance(source.config, Phase3Config):
-            raise BitnetError(
-                f"{self.model}: a Phase 3 network looks both ways, so it cannot continue a text; "
-                "`bitnet-jax eval` measures it"
-            )
-        steps = compress.room(source, len(ids), self.tokens)
-        tokens, key = jnp.asarray([ids], jnp.int32), jax.random.key(self.seed)
-        print(self.prompt, end="", flush=True)
-        made, shown, times = list(ids), source.tokenizer.decode(ids), [time.perf_counter()]
-        for token in stream(source.model, source.params, tokens, steps, key, how):
-            made.append(int(token[0]))
-            times.append(time.perf_counter())
-            text = source.tokenizer.decode(made)
-            if not text.endswith("\ufffd"):  # half of a character that takes several tokens
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-        print(flush=True)
-        # The first token waits for the compiler and for the prompt.
-        speed = (steps - 1) / (times[-1] - times[1]) if steps > 1 else 0.0
-        print(f"{steps} tokens, {speed:.1f} a second", file=sys.stderr)
-        text = source.tokenizer.decode(made)
-        return {"prompt": self.prompt, "text": text, "tokens": steps, "tokens_per_second": speed}

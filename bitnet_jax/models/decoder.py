@@ -132,14 +132,37 @@ def rotary(
 
     Args:
       x: (batch, length, heads, head_dim).
-      positions: (length,) integer positions.
+      positions: integer positions, (length,) or, each row its own, (batch, length).
       base, scaling: of the `frequencies`.
     """
     half = x.shape[-1] // 2
-    angles = positions[:, None] * frequencies(half, base, scaling)
-    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    angles = positions[..., None] * frequencies(half, base, scaling)
+    # Behind a barrier, or XLA would compute them again for every head and layer.
+    cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+    cos, sin = cos[..., None, :], sin[..., None, :]
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def write(
+    cache: dict[str, jax.Array], key: jax.Array, value: jax.Array, start: jax.Array
+) -> dict[str, jax.Array]:
+    """A layer's cache with new keys and values in it, from position ``start`` on.
+
+    Args:
+      cache: of `empty_cache`.
+      key, value: (batch, length, kv_heads, head_dim).
+      start: integer, () or, each row its own, (batch,).
+    """
+    # Head by head, even where all start together: this is a scatter then, which XLA does in place.
+    # A slice it fuses into each of its readers, and copies the cache for every one of them.
+    put = jax.vmap(jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None)), (0, 0, 0, None))
+    starts = jnp.broadcast_to(start[..., None], (len(key), key.shape[2]))
+    cast = lambda x: x.astype(cache["key"].dtype)
+    return {
+        "key": put(cache["key"], cast(key.transpose(0, 2, 3, 1)), starts, 1),
+        "value": put(cache["value"], cast(value.transpose(0, 2, 1, 3)), starts, 0),
+    }
 
 
 def largest_logits(query: jax.Array, key: jax.Array, seen: jax.Array) -> jax.Array:
@@ -150,7 +173,7 @@ def largest_logits(query: jax.Array, key: jax.Array, seen: jax.Array) -> jax.Arr
     Args:
       query: (batch, length, heads, head_dim).
       key: (batch, keys, kv_heads, head_dim).
-      seen: bool (length, keys), which pairs count.
+      seen: bool (length, keys) or (batch, length, keys), which pairs count.
 
     Returns:
       float32 (heads,). A `Decoder` sows it as ``max_logits``:
@@ -211,17 +234,15 @@ class Attention(nn.Module):
         show(self, q=query, k=key, v=value)
         if c.qk_norm:
             query, key = _norm(c, "query_norm")(query), _norm(c, "key_norm")(key)
-        positions = start + jnp.arange(length)
+        positions = start[..., None] + jnp.arange(length)
         query, key = (rotary(y, positions, c.rope_base, c.rope_scaling) for y in (query, key))
         if cache is not None:
-            at = (0, start, 0, 0)
-            key = jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), at)
-            value = jax.lax.dynamic_update_slice(cache["value"], value.astype(key.dtype), at)
-            cache = {"key": key, "value": value}
-        seen = jnp.arange(key.shape[1]) <= positions[:, None]
+            cache = write(cache, key, value, start)
+            key, value = cache["key"].transpose(0, 3, 1, 2), cache["value"].transpose(0, 2, 1, 3)
+        seen = jnp.arange(key.shape[1]) <= positions[..., None]
         if self.is_mutable_collection("intermediates"):  # an extra product, only for who asks
             self.sow("intermediates", "max_logits", largest_logits(query, key, seen))
-        y = attend(query, key, value, seen)
+        y = attend(query, key, value, jnp.expand_dims(seen, -3))
         y = y.reshape(batch, length, c.heads * c.head_dim)
         show(self, mixed=y)
         if c.sub_norms:
@@ -288,17 +309,24 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0
+        self,
+        tokens: jax.Array,
+        cache: Cache | None = None,
+        start: jax.Array | int = 0,
+        at: jax.Array | None = None,
     ) -> Any:
         """Logits of the next token at every position.
 
         Args:
           tokens: int (batch, length).
           cache: from `empty_cache`, to continue a sequence; or None.
-          start: position of the first token, the number of tokens already in the cache.
+          start: position of the first token, the number of tokens already in the cache; an integer
+            for all rows, or (batch,).
+          at: int (batch,), the one token of each row whose logits are wanted; None for all.
 
         Returns:
-          float32 logits (batch, length, vocab_size); with a cache, (logits, updated cache).
+          float32 logits (batch, length, vocab_size), length 1 with ``at``; with a cache, (logits,
+          updated cache).
         """
         c = self.config
         embed = BitEmbed(
@@ -311,6 +339,8 @@ class Decoder(nn.Module):
             layer = block(c, self.scheme, name=f"layer_{i}")
             x, updated = layer(x, start, None if cache is None else cache[i])
             caches.append(updated)
+        if at is not None:  # before the head, which at small sizes is most of the work
+            x = jnp.take_along_axis(x, at[:, None, None], axis=1)
         x = _norm(c, "norm")(x)
         logits = embed.attend(x) if c.tied else _dense(c, None)(c.vocab_size, name="head")(x)
         logits = logits.astype(jnp.float32)
@@ -347,14 +377,16 @@ def _parts(config: DecoderConfig, scheme: Scheme | None):
 
 
 def empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
-    """A key-value cache for ``length`` positions: one dict of (batch, length, kv_heads, head_dim)
-    arrays a layer, in the model's dtype.
+    """A key-value cache for ``length`` positions, in the model's dtype.
 
-    >>> empty_cache(DecoderConfig(vocab_size=8, layers=1), 2, 16)[0]["key"].shape
-    (2, 16, 2, 64)
+    One dict a layer, of ``key`` (batch, kv_heads, head_dim, length) and ``value`` (batch, kv_heads,
+    length, head_dim): the orders in which attention multiplies by them.
+
+    >>> empty_cache(DecoderConfig(vocab_size=8, layers=1), 2, 16)[0]["value"].shape
+    (2, 2, 16, 64)
     """
-    shape = (batch, length, config.kv_heads, config.head_dim)
+    heads, size = config.kv_heads, config.head_dim
+    zeros = lambda *shape: jnp.zeros((batch, heads, *shape), config.dtype)
     return tuple(
-        {"key": jnp.zeros(shape, config.dtype), "value": jnp.zeros(shape, config.dtype)}
-        for _ in range(config.layers)
+        {"key": zeros(size, length), "value": zeros(length, size)} for _ in range(config.layers)
     )

@@ -8,5 +8,6 @@ from .choose import OPS as OPS
 from .choose import by_platform as by_platform
 from .choose import choose as choose
 from .choose import choose_dense as choose_dense
+from .choose import int8_product as int8_product
 from .choose import packed_product as packed_product
 from .xla import integer_product as integer_product

@@ -13,6 +13,9 @@ Packed codes (`choose`):
 
 `pallas-tpu` is never picked: no TPU has run it.
 
+8-bit codes, read in one of two layouts, have ops of their own with the same names: native for up to
+16 rows on a CPU, without a compiler decode for one row of a table, xla for all else.
+
 Codes of one byte, which training multiplies by, forward and for both gradients (`choose_dense`):
 
 | platform            | op     | why                                                             |
@@ -37,7 +40,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from . import decode, mosaic, native, pallas_tpu, training, xla
+from . import decode, int8, mosaic, native, pallas_tpu, training, xla
 
 OPS = {
     "xla": xla.packed_product,
@@ -47,8 +50,15 @@ OPS = {
     "xla-float8": xla.packed_product_float8,
     "pallas-tpu": pallas_tpu.packed_product,
 }
+INT8_OPS = {
+    "xla": xla.int8_product,
+    "decode": decode.int8_table,
+    "native": int8.int8_product,
+}
 # More rows than this unpack once rather than walk over the bytes again for each of them.
 _FEW = 2
+# More rows than this share XLA's signed copy of an 8-bit weight.
+_FEW_INT8 = 16
 _FEW_ON_GPU = 128
 
 
@@ -177,3 +187,35 @@ def packed_product(
         for name in OPS
     }
     return by_platform(lambda platform: choose(platform, x.shape[-2]), forms, x, codes)
+
+
+def choose_int8(platform: str, rows: int, table: bool) -> str:
+    """The name of the op for 8-bit codes, so many rows and that layout, out of `INT8_OPS`.
+
+    >>> choose_int8("cuda", 1, True), choose_int8("cpu", 1000, True)
+    ('xla', 'xla')
+    """
+    if platform == "cpu" and rows <= _FEW_INT8 and int8.variants():
+        return "native"
+    return "decode" if platform == "cpu" and rows == 1 and table else "xla"
+
+
+def int8_product(x: jax.Array, codes: jax.Array, table: bool = False) -> jax.Array:
+    """int8 activations times packed 8-bit codes, by the op that suits where it runs.
+
+    out[m, n] = sum over k of x[m, k] * (code[k, n] - 128), or code[n, k] of a table
+
+    Args:
+      x: int8 (rows, k).
+      codes: uint8 (k, n), or (n, k) for a table; values from 1 to 255.
+      table: whether the codes lie (n, k).
+
+    Returns:
+      int32 (rows, n).
+
+    >>> import jax.numpy as jnp
+    >>> int8_product(jnp.full((1, 2), 2, jnp.int8), jnp.array([[129, 131]], jnp.uint8), True)
+    Array([[8]], dtype=int32)
+    """
+    forms = {name: functools.partial(run, table=table) for name, run in INT8_OPS.items()}
+    return by_platform(lambda platform: choose_int8(platform, x.shape[0], table), forms, x, codes)

@@ -1,4 +1,4 @@
-"""One or two rows from packed codes in plain JAX: the op of decoding where there is no compiler.
+"""One or two rows from packed codes in plain JAX: the ops of decoding where there is no compiler.
 
 Nothing is unpacked to memory. The codes are multiplied in lanes of int16, which is what every
 vector unit has and XLA fuses into one pass over the bytes. Two bit planes with AND and
@@ -14,6 +14,7 @@ from .xla import take_layer
 
 # Packed rows whose sums stay in one lane: 16 codes times four, |4 (code + 1) x| <= 8 * 128 each.
 _STREAMS = 8
+_EXACT = 4096  # inputs whose sums of 16 * 255 each stay below 2 ** 24
 _CHUNK = 16  # partial sums added in one turn of the loop
 
 
@@ -82,3 +83,36 @@ def packed_product(
     if x.shape[-1] != in_features:
         raise ValueError(f"x {x.shape} does not have {in_features} features")
     return jnp.vectorize(_row, signature="(k),(p,n)->(n)")(x, codes[..., None, :, :])
+
+
+def int8_table(x: jax.Array, codes: jax.Array, table: bool = True) -> jax.Array:
+    """One row times a table of packed 8-bit codes; see `xla.int8_product`.
+
+    XLA's float32 product of one row converts bytes as it reads them, which its integer one does
+    not. It is exact as long as no sum leaves 2 ** 24, so x goes in two parts of four bits:
+
+    x = 16 high + low, |high|, |low| < 16:  |sum of part * code| <= 16 * 255 * k
+
+    Args:
+      x: int8 (1, k); more rows work, but are better unpacked.
+      codes: uint8 (n, k).
+      table: True; codes (k, n) are not for this op.
+
+    Returns:
+      int32 (1, n).
+
+    >>> int8_table(jnp.full((1, 2), 2, jnp.int8), jnp.array([[129, 131]], jnp.uint8)).tolist()
+    [[8]]
+    """
+    if not table or x.shape[-1] != codes.shape[-1]:
+        raise ValueError(f"x {x.shape} and codes {codes.shape} do not fit (table={table})")
+    high = x >> 4
+    part = lambda x, codes: jnp.dot(
+        x.astype(jnp.float32), codes.astype(jnp.float32).T, precision=lax.Precision.HIGHEST
+    ).astype(jnp.int32)
+    total = -128 * x.astype(jnp.int32).sum(-1, keepdims=True)  # because codes are stored too large
+    for i in range(0, x.shape[-1], _EXACT):
+        some = slice(i, i + _EXACT)
+        for x_part, factor in ((high, 16), (x & 15, 1)):
+            total += factor * part(x_part[:, some], codes[:, some])
+    return jnp.broadcast_to(total, (x.shape[0], codes.shape[0]))

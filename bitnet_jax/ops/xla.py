@@ -91,6 +91,34 @@ def packed_product(
     return jnp.vectorize(integer_product, signature="(m,k),(k,n)->(m,n)")(x, unpacked)
 
 
+def int8_product(x: jax.Array, codes: jax.Array, table: bool = False) -> jax.Array:
+    """int8 activations times packed 8-bit codes: the reference of the ops.
+
+    out[m, n] = sum over k of x[m, k] * (code[k, n] - 128), or code[n, k] of a table
+
+    Args:
+      x: int8 (rows, k).
+      codes: uint8 (k, n), or (n, k) for an embedding table that is also a head, values from 1 to
+        255 (`bitnet_jax.packed.pack_codes` with 8 bits).
+      table: whether the codes lie (n, k).
+
+    Returns:
+      int32 (rows, n).
+
+    >>> int8_product(jnp.full((1, 2), 2, jnp.int8), jnp.array([[129], [131]], jnp.uint8)).tolist()
+    [[8]]
+    """
+    if x.shape[-1] != codes.shape[int(table)]:
+        raise ValueError(f"x {x.shape} and codes {codes.shape} do not fit (table={table})")
+    signed = (codes ^ jnp.uint8(128)).astype(jnp.int8)
+    if not table:
+        return integer_product(x, signed)
+    rows = max(len(x), 2)  # as in `integer_product`, one row is slow alone
+    padded = jnp.pad(x, ((0, rows - len(x)), (0, 0)))
+    dims = (((1,), (1,)), ((), ()))
+    return lax.dot_general(padded, signed, dims, preferred_element_type=jnp.int32)[: len(x)]
+
+
 # Sums of int8 times -1, 0 or 1 that float32 holds exactly.
 _EXACT = 2**24 // 128
 
