@@ -1,4 +1,4 @@
-/* What products.py needs beside the products: the floor, and llama.cpp's product of one row. */
+/* What products.py needs beside the products: the floor. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -19,13 +19,4 @@ uint64_t read_all(const uint8_t* from, size_t bytes) {
     }
   for (int s = 1; s < 8; s++) sums[0] ^= sums[s];
   return sums[0][0] ^ sums[0][1] ^ sums[0][2] ^ sums[0][3];
-}
-
-/* ggml_vec_dot_*, for every output of a matrix whose rows are `row` bytes. */
-typedef void Dot(int n, float* s, size_t bs, const void* x, size_t bx, const void* y, size_t by,
-                 int nrc);
-
-void each_output(Dot* dot, int k, int n, const uint8_t* weight, size_t row, const void* x,
-                 float* out) {
-  for (int i = 0; i < n; i++) dot(k, out + i, 0, weight + i * row, 0, x, 0, 1);
 }

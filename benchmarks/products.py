@@ -1,12 +1,14 @@
 """The product of int8 activations and packed codes beside its peers, in one run, interleaved.
 
     python -m benchmarks.products                                # one thread, CPU time
-    python -m benchmarks.products --threads 2 --only matmul      # wall time
+    python -m benchmarks.products --threads 2 --only matmul      # wall time, beside one thread's
     pip install xllamacpp                                        # to have llama.cpp among the peers
 
 Weights rotate over copies of at least 512 MB (packed: 0.5 G parameters, 128 MB), so none is in the
 cache ("cold"). The floor is the time in which `products.c` reads the packed bytes once, on one
-core. Every figure is the median over the rounds, with the 10th and 90th percentiles beside it.
+core. Matrices of 384 inputs or outputs, which a small model trains with, stay in the cache.
+JSON, tables and a plot go to `--out`. Every figure is the median over the rounds, with the 10th and
+90th percentiles beside it.
 """
 
 import ctypes
@@ -24,13 +26,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.figure
 import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 SHAPES = ((1, 4096, 4096), (1, 2560, 6912), (1, 6912, 2560), (8, 4096, 4096),
-          (128, 2560, 6912), (128, 4096, 4096), (512, 2560, 6912))  # fmt: skip
+          (128, 2560, 6912), (128, 4096, 4096), (512, 2560, 6912),
+          (1024, 384, 384), (1024, 384, 1024), (1024, 1024, 384))  # fmt: skip
+PLOTTED = ("XLA bfloat16 padded", "torch bfloat16", "llama.cpp Q4_0", "llama.cpp TQ1_0",
+           "llama.cpp TQ2_0", "decode", "native")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,14 +154,16 @@ def packed_products(rows: int, k: int, n: int) -> dict[str, Timed]:
     one = (codes << np.array([[0], [2], [4], [6]], np.uint8)).sum(1, dtype=np.uint8)
     count = (512 << 20) // (k * n) // 4 * 4 if rows == 1 else 2
     copies = [jnp.array(one, copy=True) for _ in range(count)]
-    x = jnp.asarray(random.integers(-127, 128, (rows, k)).astype(np.int8))
+    values = random.standard_normal((rows, k))  # quantised by each row's largest, as in a network
+    x = jnp.asarray((values * 127 / abs(values).max(1, keepdims=True)).round().astype(np.int8))
     add = lambda op, **how: jitted(lambda x, w: op(x, w, k, **how), x, copies)
     made = {"unpack": add(ops.xla.packed_product)}
     if rows == 1:
         made |= {"decode": add(ops.decode.packed_product), "bit planes": add(bit_planes)}
     for isa in ops.native.variants():
         made[f"native {isa}"] = add(ops.native.packed_product, isa=isa)
-    if rows == 1 and (library := helpers()):
+    alone = len(os.sched_getaffinity(0)) == 1
+    if rows == 1 and alone and (library := helpers()):
         views = [np.asarray(w) for w in copies]
         read = library.read_all
         size = ctypes.c_size_t(one.nbytes)
@@ -169,33 +177,80 @@ def torch_linear(rows: int, k: int, n: int) -> dict[str, Timed]:
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    x = torch.ones(rows, k)
-    copies = [torch.ones(n, k) for _ in range((512 << 20) // (4 * k * n) if rows == 1 else 2)]
-    call = lambda i: torch.nn.functional.linear(x, copies[i])
-    return {"torch float32": Timed(call, len(copies))}
+
+    def timed(dtype) -> Timed:
+        x, one = torch.ones(rows, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
+        count = (512 << 20) // (one.itemsize * k * n) if rows == 1 else 2
+        copies = [one.clone() for _ in range(count)]
+        return Timed(lambda i: torch.nn.functional.linear(x, copies[i]), count)
+
+    return {"torch float32": timed(torch.float32), "torch bfloat16": timed(torch.bfloat16)}
+
+
+class _Pool(ctypes.Structure):
+    """ggml_init_params."""
+
+    _fields_ = (("size", ctypes.c_size_t), ("memory", ctypes.c_void_p), ("none", ctypes.c_bool))
+
+
+@functools.cache
+def ggml() -> ctypes.CDLL | None:
+    """The library inside the package xllamacpp; None without it."""
+    found = importlib.util.find_spec("xllamacpp")
+    if not found or not found.submodule_search_locations:
+        return None
+    library = ctypes.CDLL(
+        str(next(Path(found.submodule_search_locations[0]).glob("xllamacpp*.so")))
+    )
+    for name in ("init", "new_tensor_2d", "mul_mat", "new_graph", "get_data"):
+        getattr(library, f"ggml_{name}").restype = ctypes.c_void_p
+    library.ggml_nbytes.restype = ctypes.c_size_t
+    library.ggml_cpu_init()
+    return library
 
 
 def llama_cpp(rows: int, k: int, n: int) -> dict[str, Timed]:
-    """ggml's TQ2_0 x Q8_K, output by output, as llama.cpp multiplies one row; from xllamacpp."""
-    found, library = importlib.util.find_spec("xllamacpp"), helpers()
-    if rows != 1 or k % 256 or not library or not found or not found.submodule_search_locations:
+    """llama.cpp's products of its quantised weights, run as it runs them: float32 activations in,
+    quantised by it, float32 out."""
+    lib = ggml()
+    if lib is None or k % 256:
         return {}
-    file = next(Path(found.submodule_search_locations[0]).glob("xllamacpp*.so"))
-    ggml = ctypes.CDLL(str(file))
-    ggml.ggml_cpu_init()
-    row, block = k // 256 * 66, 292  # bytes: TQ2_0 of one output; Q8_K of 256 inputs
-    weight, x = np.zeros(n * row, np.uint8), np.zeros(k // 256 * block, np.uint8)
     some = np.random.default_rng(3).standard_normal((n, k)).astype(np.float32)
-    ggml.quantize_row_tq2_0(pointer(some), pointer(weight), ctypes.c_int64(n * k))
-    ggml.quantize_row_q8_K(pointer(some), pointer(x), ctypes.c_int64(k))
-    copies = [weight.copy() for _ in range((512 << 20) // (k * n))]
-    out = np.zeros(n, np.float32)
+    at = ctypes.c_void_p
+    several = 4 if rows == 1 else 1
+    threads = len(os.sched_getaffinity(0))
 
-    def call(i):
-        library.each_output(ggml.ggml_vec_dot_tq2_0_q8_K, k, n, pointer(copies[i]),
-                            ctypes.c_size_t(row), pointer(x), pointer(out))  # fmt: skip
+    def timed(kind: int, bits: float) -> Timed:
+        count = max(1, int((128 << 20) / (bits / 8 * k * n))) if rows == 1 else 1
+        size = int(several * count * k * n * bits / 8) + (1 << 28)
+        ctx = at(lib.ggml_init(_Pool(size, None, False)))
+        two = lambda kind, *shape: at(
+            lib.ggml_new_tensor_2d(ctx, kind, *(ctypes.c_int64(x) for x in shape))
+        )
+        x, graphs, first = two(0, k, rows), [], None
+        ctypes.memmove(lib.ggml_get_data(x), pointer(some), 4 * k * rows)
+        for _ in range(count):
+            graph = at(lib.ggml_new_graph(ctx))
+            for _ in range(several):
+                weight = two(kind, k, n)
+                data = at(lib.ggml_get_data(weight))
+                if first is None:
+                    lib.ggml_quantize_chunk(kind, pointer(some), data, ctypes.c_int64(0),
+                                            ctypes.c_int64(n), ctypes.c_int64(k), None)  # fmt: skip
+                    first = data
+                else:
+                    ctypes.memmove(data, first, lib.ggml_nbytes(weight))
+                product = at(lib.ggml_mul_mat(ctx, weight, x))
+                lib.ggml_build_forward_expand(graph, product)
+            graphs.append(graph)
+        call = lambda i: lib.ggml_graph_compute_with_ctx(ctx, graphs[i], threads)
+        return Timed(call, count, several)
 
-    return {"llama.cpp TQ2_0": Timed(call, len(copies))}
+    return {  # the numbers of ggml_type
+        "llama.cpp TQ2_0": timed(35, 2.0625),
+        "llama.cpp TQ1_0": timed(34, 1.6875),
+        "llama.cpp Q4_0": timed(2, 4.5),
+    }
 
 
 def measure(made: dict[str, Timed], rounds: int, clock: Callable[[], float]) -> dict[str, dict]:
@@ -239,6 +294,8 @@ def row(shape: tuple[int, int, int], arguments: Arguments) -> dict:
 def show(rows: list[dict], console: Console) -> None:
     for r in rows:
         share = f", {r['floor_share']:.0%} of the floor" if r["floor_share"] else ""
+        if r.get("speedup_vs_one_thread"):
+            share += f", {r['speedup_vs_one_thread']:.2f}x one thread"
         table = Table(title=f"{r['name']}: {r['op']} {r['ms']:.3f} ms{share} ({r['about']})")
         for column in ("", "ms", "10 % - 90 %", "x float32"):
             table.add_column(column, justify="left" if not column else "right")
@@ -247,6 +304,24 @@ def show(rows: list[dict], console: Console) -> None:
             spread = f"{v['low']:.3f} - {v['high']:.3f}"
             table.add_row(name, f"{v['ms']:.3f}", spread, f"{v['speedup_vs_float32']:.2f}")
         console.print(table)
+
+
+def plot(rows: list[dict], about: str, file: Path) -> None:
+    """How many times faster than XLA's float32 each product is, one group of bars a shape."""
+    figure = matplotlib.figure.Figure(figsize=(12, 5), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    width = 0.8 / len(PLOTTED)
+    for i, name in enumerate(PLOTTED):
+        of = lambda r: [v["speedup_vs_float32"] for peer, v in r["peers"].items() if name in peer]  # noqa: B023
+        found = [max(of(r), default=0) for r in rows]
+        axes.bar(np.arange(len(rows)) + i * width, found, width, label=name)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(np.arange(len(rows)) + 0.4 - width / 2, [r["name"] for r in rows],
+                    rotation=20, ha="right")  # fmt: skip
+    axes.set_ylabel("times faster than XLA float32")
+    axes.set_title(about, fontsize=9)
+    axes.legend()
+    figure.savefig(file)
 
 
 def main(arguments: Arguments) -> None:
@@ -268,6 +343,11 @@ def main(arguments: Arguments) -> None:
                 f"{arguments.threads} thread(s), {clock}, load {os.getloadavg()[0]:.1f}"
             )
             rows[found["name"]] = found
+    one = arguments.out / "products.json"
+    if suffix and one.exists():
+        before = {r["name"]: r["ms"] for r in json.loads(one.read_text())["rows"]}
+        for name, r in rows.items():
+            r["speedup_vs_one_thread"] = before[name] / r["ms"] if name in before else None
     about = f"{platform.machine()}, jax {jax.__version__}; {native.status()}"
     ordered = [rows[name] for name in (name_of(*s) for s in SHAPES) if name in rows]
     file.write_text(json.dumps({"about": about, "rows": ordered}, indent=1) + "\n")
@@ -275,6 +355,7 @@ def main(arguments: Arguments) -> None:
         for console in (Console(), Console(file=text, width=100)):
             console.print(about)
             show(ordered, console)
+    plot(ordered, about, file.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ _REASONS = {
     "decode": "no C++ op here; plain JAX on packed codes, good for one or two rows",
     "mosaic": "int8 tensor cores read the packed codes as they lie",
     "xla": "unpacks to int8, then XLA's own product",
+    "xla-float8": "unpacks to float8, then XLA's product with bfloat16: no int8 units here",
 }
 
 

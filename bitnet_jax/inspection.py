@@ -21,21 +21,24 @@ def inspect(path: Path) -> dict:
 
     Args:
       path: the checkpoint's folder; or a Hugging Face folder or a .gguf file, described as it is
-        read here; or an .onnx file, of which every stored tensor is listed.
+        read here; or an .onnx file or its folder, of which the stored tensors are listed.
 
     Returns:
       ``version`` (of another library's form its name), ``metadata`` (what was saved with it),
       ``files_verified`` and ``leaves_verified`` (how many checksums held), ``bytes_on_disk``,
       ``parameters``, ``bits_per_parameter`` (on disk), ``float32_bytes`` (4 a parameter), and
       ``leaves``: path, shape, format, bytes, and for ternary ones zeros, minus, plus and how many
-      weights share a scale.
+      weights share a scale. Of ONNX no figures of parameters: it stores bytes of codes.
 
     Raises:
       BitnetError: naming the first file or leaf that is missing or damaged.
     """
     kind = foreign.kind_of(path)
     if kind == "onnx":
-        return _described(path, NAMES[kind], {}, _onnx_rows(path))
+        graph = path / foreign.GRAPH if path.is_dir() else path
+        about = _described(path, NAMES[kind], {}, _onnx_rows(graph))
+        # Bytes of packed codes are no parameters.
+        return {k: v for k, v in about.items() if k not in _OF_PARAMETERS}
     if kind is not None:
         model = foreign.load(path)
         metadata = {"config": dataclasses.asdict(model.config), "files": sorted(model.files)}
@@ -48,6 +51,9 @@ def inspect(path: Path) -> dict:
     }
     described = _described(path, manifest["version"], stored.metadata, _rows(stored.tree))
     return described | verified
+
+
+_OF_PARAMETERS = ("parameters", "bits_per_parameter", "float32_bytes")
 
 
 def _rows(tree) -> list[dict]:
@@ -76,6 +82,7 @@ def _onnx_rows(path: Path) -> list[dict]:
             "plus": 0,
         }
         for x in graph.initializer
+        if math.prod(x.dims) > 8  # not the constants of shapes and axes
     ]
 
 
@@ -106,15 +113,24 @@ def _leaf(path: str, x) -> dict:
     return row | {"format": stored} | counts | {"weights_per_scale": per_scale}
 
 
+def _size(result: dict) -> str:
+    size = result["bytes_on_disk"]
+    if "parameters" not in result:
+        return f"{len(result['leaves'])} tensors, {size:,} bytes on disk"
+    return (
+        f"{result['parameters']:,} parameters in {size:,} bytes on disk, "
+        f"{result['bits_per_parameter']:.2f} bits each, "
+        f"{result['float32_bytes'] / size:.2f}x smaller than float32"
+    )
+
+
 def render(result: dict) -> list[RenderableType]:
     """Tables and lines for a person, from what `inspect` returned."""
     about = [f"{k}: {v}" for k, v in result["metadata"].items()]
     return [
         *about,
         leaf_table(result["leaves"]),
-        f"{result['parameters']:,} parameters in {result['bytes_on_disk']:,} bytes on disk, "
-        f"{result['bits_per_parameter']:.2f} bits each, "
-        f"{result['float32_bytes'] / result['bytes_on_disk']:.2f}x smaller than float32",
+        _size(result),
         f"All checksums hold: {result['files_verified']} files, "
         f"{result['leaves_verified']} arrays, format version {result['version']}"
         if result["files_verified"]

@@ -3,6 +3,7 @@
 import json
 import struct
 import tracemalloc
+from types import SimpleNamespace
 
 import gguf as package
 import jax
@@ -21,6 +22,7 @@ from bitnet_jax.interop import gguf
 from bitnet_jax.interop.gguf.blocks import RANGES, decode, encode, size
 from bitnet_jax.interop.gguf.container import TYPES, open_gguf
 from bitnet_jax.interop.gguf.names import row_order
+from bitnet_jax.interop.gguf.plan import Plan
 from bitnet_jax.interop.gguf.rows import Rows, from_leaf, from_values, to_leaf
 from bitnet_jax.interop.gguf.tokenizer import read, write
 from bitnet_jax.leaf import PackedTernary, is_quantized
@@ -159,6 +161,42 @@ def test_values_become_codes_only_if_they_are():
     assert from_values(values, 0) is None
     found = from_values(values, 3)
     assert (found.codes.tolist(), found.scale.tolist()) == ([[1, 0, -1, 1, -1]], [[0.5, 0.25]])
+
+
+@given(st.data())
+def test_a_matrix_of_any_shape_comes_back_code_for_code(data):
+    features, out = data.draw(st.integers(1, 600)), data.draw(st.integers(1, 9))
+    features = data.draw(st.sampled_from([features, 32 * (features // 32 + 1), 256, 512]))
+    group = data.draw(st.sampled_from([0, 7, 32, 64, 96, 256]))
+    groups = -(-features // group) if 0 < group < features else 1
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**20)))
+    codes = rng.integers(-1, 2, (features, out)).astype(np.int8)
+    scale = rng.uniform(1e-3, 9, (groups, data.draw(st.sampled_from([1, out]))))
+    weight = Ternary(codes, np.float16(scale).astype(np.float32), group if groups > 1 else 0)
+    types = data.draw(st.sampled_from([("TQ1_0",), ("TQ2_0", "Q4_0"), ("Q2_0", "Q4_0"), ()]))
+    holder = SimpleNamespace(config=None, scheme=None, params={"params": {}})
+    plan = Plan(holder, "llama", types, "exact", data.draw(st.booleans()))
+    tensor, *beside = plan.rows("blk.0.ffn_up.weight", lambda: weight, None, False)
+    made, kind = tensor.make(), tensor.kind
+    assert made.nbytes == tensor.nbytes and tensor.moved == 0
+    block = size(kind)[0] if kind in RANGES else None
+    # The first type of all that fit, and no other.
+    fits = [t for t in types if features % size(t)[0] == 0 and weight.group % size(t)[0] == 0]
+    assert kind == (fits[0] if fits else "F16")
+    if block:
+        rows = Rows(*decode(made, kind), block)
+    else:
+        rows = from_values(made.astype(np.float32), tensor.leaf[1])
+    once = beside[0].make()[0] if beside else np.float32(1)
+    wanted = from_leaf(weight)
+    np.testing.assert_array_equal(rows.codes, wanted.codes)
+    there = np.maximum.reduceat(
+        np.abs(rows.codes), np.arange(0, features, rows.group or features), 1
+    )
+    found = rows.scale * once
+    np.testing.assert_array_equal(found[there > 0], wanted.per(rows.group or features)[there > 0])
+    if block:  # a block of zeros keeps its scale
+        np.testing.assert_array_equal(found, wanted.per(block))
 
 
 # Models
@@ -423,13 +461,16 @@ TOKENIZERS = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokenizers_come_back(name):
     made = TOKENIZERS[name]()
-    fields, _ = write(made, 400, b'{"eos_token": {"content": "<|end|>"}, "chat_template": "x"}')
+    config = b'{"eos_token": {"content": "<|end|>"}, "chat_template": "x"}'
+    fields, _ = write(made, 400, {"tokenizer_config.json": config})
     assert fields["tokenizer.ggml.pre"] == name and len(fields["tokenizer.ggml.tokens"]) == 400
     back, files = read(fields)
     for text in (TEXT, "the mat", "", "a  b   c\t"):
         assert back.encode(text).ids == made.encode(text).ids
         assert back.decode(made.encode(text).ids) == made.decode(made.encode(text).ids)
-    assert b'"chat_template": "x"' in files["tokenizer_config.json"]
+    assert json.loads(files["tokenizer_config.json"])["chat_template"] == "x"
+    end = json.loads(files["generation_config.json"])["eos_token_id"]
+    assert made.id_to_token(end) == ("</s>" if name == "default" else END)
     assert back.get_vocab_size() == made.get_vocab_size()
 
 

@@ -517,11 +517,13 @@ def test_damaged_configs_and_tokenizers(tmp_path):
 
 
 def llama_like():
-    """A tokenizer whose config, not whose file, says that text begins with a special token."""
+    """A tokenizer whose text begins with a special token."""
     vocab = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
     found = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="a"))
     found.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     found.add_special_tokens(["<s>", "</s>"])
+    template = tokenizers.processors.TemplateProcessing
+    found.post_processor = template(single="<s> $A", special_tokens=[("<s>", 0)])
     return found
 
 
@@ -530,7 +532,7 @@ def test_special_tokens_go_along(tmp_path):
     hf.save(source, tmp_path / "m")
     folder = edit(tmp_path / "m", bos_token_id=0, eos_token_id=[1, 2])
     (folder / "generation_config.json").unlink()
-    named = {"bos_token": {"content": "<s>"}, "add_bos_token": True, "chat_template": "x"}
+    named = {"bos_token": {"content": "<s>"}, "chat_template": "x"}
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     found = hf.load(folder)
     assert found.tokenizer.encode("a b").ids == [0, 2, 3]
@@ -583,7 +585,8 @@ def test_compress_takes_a_float_folder(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--to", "gguf", "--latent"], "are for --to hf"),
+        (["--to", "gguf", "--latent"], "--latent is for --to hf"),
+        (["--to", "hf", "--form", "qdq"], "--form is for --to onnx"),
         (["--to", "hf", "--latent"], "no latent weights"),
     ],
 )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tokenizers.processors import TemplateProcessing
 
 import bitnet_jax
 from bitnet_jax import BitnetError, Scheme, convert
@@ -196,8 +197,8 @@ FLOATS = [
 
 
 @pytest.mark.parametrize("name, more", FLOATS, ids=[f"{n}{i}" for i, (n, _) in enumerate(FLOATS)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_float_models(tmp_path, name, more, dtype):
+def test_float_models(tmp_path, name, more):
+    dtype = "bfloat16" if name in ("qwen2", "bitnet") else "float32"
     there = float_model(name, **more)
     there.to(getattr(torch, dtype)).save_pretrained(tmp_path / "in", max_shard_size="80KB")
     assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1
@@ -265,10 +266,20 @@ def test_codes_become_latent_weights_that_are_quantised_to_them(tmp_path):
     assert len(grads) == 2 and all(g.abs().max() > 0 for g in grads)
 
 
-def test_the_tokenizer_is_read_there(tmp_path):
-    model = decoder(None)
+@pytest.mark.parametrize("begin", [False, True])
+def test_the_tokenizer_is_read_there(tmp_path, begin):
+    model, text = decoder(None), "Once upon a time\n"
+    if begin:
+        model.tokenizer.add_special_tokens(["<s>"])
+        first = ("<s>", model.tokenizer.token_to_id("<s>"))
+        template = TemplateProcessing(single="<s> $A", special_tokens=[first])
+        model.tokenizer.post_processor = template
     hf.save(model, tmp_path / "out")
+    config = tmp_path / "out" / "tokenizer_config.json"
+    # with a tokenizer.json this says nothing, there as here
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": not begin}))
     there = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    text = "Once upon a time\n"
-    assert there(text)["input_ids"] == model.tokenizer.encode(text).ids
-    assert there.decode(there(text)["input_ids"]) == text
+    ours = hf.load(tmp_path / "out").tokenizer.encode(text).ids
+    assert there(text)["input_ids"] == ours == model.tokenizer.encode(text).ids
+    assert len(ours) == len(text) + begin
+    assert there.decode(ours, skip_special_tokens=True) == text

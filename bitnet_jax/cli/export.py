@@ -28,11 +28,15 @@ class Export:
     to: Target
     """Which form."""
     out: Annotated[Path, tyro.conf.arg(metavar="OUT")]
-    """New folder (hf) or file (gguf, onnx)."""
+    """New folder (hf, onnx) or file (gguf)."""
     latent: bool = False
     """For hf: latent weights, quantised at every call, to train on there."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """For hf: of what is not packed, and of the computation; by default the smallest exact one."""
+    form: Literal["2bit", "4bit", "int8", "qdq"] | None = None
+    """For onnx: how a ternary matrix is stored; 2bit by default, qdq for TensorRT."""
+    scale_tensors: bool = False
+    """For gguf: scales of whole matrices as tensors of their own, exact, for llama.cpp of 2026."""
     module: Annotated[str | None, tyro.conf.arg(metavar="FILE.py:NAME")] = None
     """The network the weights are for, as for compress."""
     tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -43,8 +47,9 @@ class Export:
     def __call__(self, console: Console) -> dict:
         from .. import compress
 
-        if self.to != "hf" and (self.latent or self.dtype):
-            raise BitnetError("--latent and --dtype are for --to hf")
+        for name, target in _ONLY_FOR.items():
+            if getattr(self, name) and self.to != target:
+                raise BitnetError(f"--{name.replace('_', '-')} is for --to {target}")
         if self.out.exists():
             raise BitnetError(f"{self.out}: exists already; give another --out or remove it")
         with console.status("reading", spinner="line"):
@@ -65,13 +70,16 @@ def _hf(source, command: Export, console: Console):
 def _gguf(source, command: Export, console: Console):
     from ..interop.foreign import format_module
 
-    return format_module("gguf").save(source, command.out)
+    gguf, exact = format_module("gguf"), command.scale_tensors
+    return gguf.save(source, command.out, scale_tensors=exact, console=console)
 
 
 def _onnx(source, command: Export, console: Console):
     from ..interop.foreign import format_module
 
-    return format_module("onnx").save(source, command.out)
+    options = {} if command.form is None else {"form": command.form}
+    return format_module("onnx").save(source, command.out, console=console, **options)
 
 
 TARGETS: dict[Target, Callable] = {"hf": _hf, "gguf": _gguf, "onnx": _onnx}
+_ONLY_FOR = {"latent": "hf", "dtype": "hf", "form": "onnx", "scale_tensors": "gguf"}

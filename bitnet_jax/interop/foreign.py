@@ -14,15 +14,18 @@ from . import hf
 
 Kind = Literal["hf", "gguf", "onnx"]
 NAMES: dict[Kind, str] = {"hf": "Hugging Face", "gguf": "GGUF", "onnx": "ONNX"}
+GRAPH = "model.onnx"
 
 
 def kind_of(path: Path) -> Kind | None:
     """What kind of model of another library this is; None if it is none, or one of ours.
 
-    A folder with the config.json of a transformers model, a ``.gguf`` file, an ``.onnx`` file.
+    A folder with the config.json of a transformers model, a ``.gguf`` file, an ``.onnx`` file or
+    the folder of a ``model.onnx``.
     """
     if path.is_dir():
-        return "hf" if hf.is_folder(path) else None
+        onnx = (path / GRAPH).is_file()
+        return "hf" if hf.is_folder(path) else "onnx" if onnx else None
     for kind in ("gguf", "onnx"):
         if path.suffix.lower() == f".{kind}" and path.is_file():
             return kind

@@ -8,7 +8,10 @@ Packed codes (`choose`):
 | cpu      | 1, 2  | decode | plain JAX on packed bytes; without a compiler                    |
 | cpu      | 3 ... | xla    | unpacks, then XLA's int8 product; without a compiler             |
 | cuda     | 1-128 | mosaic | int8 tensor cores on packed bytes; one GPU, Hopper or later      |
-| other    | any   | xla    | more rows or several GPUs; TPU                                   |
+| tpu      | any   | xla    | v7: bfloat16 times float8 (xla-float8), for it has no int8 units |
+| other    | any   | xla    | more rows or several GPUs; TPUs before v7                        |
+
+`pallas-tpu` is never picked: no TPU has run it.
 
 Codes of one byte, which training multiplies by, forward and for both gradients (`choose_dense`):
 
@@ -34,17 +37,25 @@ from typing import Any
 import jax
 from jax import lax
 
-from . import decode, mosaic, native, training, xla
+from . import decode, mosaic, native, pallas_tpu, training, xla
 
 OPS = {
     "xla": xla.packed_product,
     "decode": decode.packed_product,
     "native": native.packed_product,
     "mosaic": mosaic.packed_product,
+    "xla-float8": xla.packed_product_float8,
+    "pallas-tpu": pallas_tpu.packed_product,
 }
 # More rows than this unpack once rather than walk over the bytes again for each of them.
 _FEW = 2
 _FEW_ON_GPU = 128
+
+
+@functools.cache
+def _tpu_has_no_int8() -> bool:
+    """Whether this process has TPUs of v7 (Ironwood) or later."""
+    return any(d.device_kind.startswith(("TPU7", "TPU8")) for d in jax.devices())
 
 
 def choose(platform: str, rows: int) -> str:
@@ -59,6 +70,8 @@ def choose(platform: str, rows: int) -> str:
     """
     if platform == "cuda":
         return "mosaic" if rows <= _FEW_ON_GPU and mosaic.available() else "xla"
+    if platform == "tpu" and _tpu_has_no_int8():
+        return "xla-float8"
     if platform != "cpu":
         return "xla"
     if native.variants():
@@ -105,20 +118,19 @@ def by_platform(
     """``forms[pick(platform)](*operands)``, for the platform the program is compiled for.
 
     Args:
-      pick: platform, ``"cpu"``, ``"cuda"`` or ``"other"``, to a name out of ``forms``.
+      pick: platform, ``"cpu"``, ``"cuda"``, ``"tpu"`` or ``"other"``, to a name of ``forms``.
       forms: what gives the same result in several ways.
       operands: arrays, or trees of them.
 
     >>> by_platform(lambda platform: "twice", {"twice": lambda x: 2 * x}, jax.numpy.ones(())).item()
     2.0
     """
-    cpu, other = forms[pick("cpu")], forms[pick("other")]
     # No program for a GPU is traced where there is none: that takes longer than a small product's.
-    cuda = forms[pick("cuda")] if mosaic.available() else other
-    if cpu is other is cuda:
-        return cpu(*operands)
-    gpu = {} if cuda is other else {"cuda": cuda}
-    return lax.platform_dependent(*operands, cpu=cpu, **gpu, default=other)
+    there = {"cpu": True, "cuda": mosaic.available(), "tpu": _tpu_has_no_int8()}
+    other = forms[pick("other")]
+    own = {name: forms[pick(name)] for name, found in there.items() if found}
+    own = {name: form for name, form in own.items() if form is not other}
+    return lax.platform_dependent(*operands, **own, default=other) if own else other(*operands)
 
 
 def packed_product(

@@ -30,15 +30,27 @@
 
 namespace ffi = xla::ffi;
 
-constexpr int FEW = 16;   // up to so many rows the codes are read directly, above by tables
-constexpr int MANY = 32;  // rows that share a table
+constexpr int FEW = 16;      // at most so many rows read the codes directly
+constexpr int MANY = 128;    // rows of a task above that
+constexpr int STRIP = 1024;  // and its columns: their sums fit the L2 cache
 
 // ---- Variants ------------------------------------------------------------------------------------
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define ZIP SHUFFLE
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Bytes){__VA_ARGS__})
+#define ZIP(a, b, ...) __builtin_shuffle(a, b, (std::decay_t<decltype(a)>){__VA_ARGS__})
+#endif
+
+// Compilers turn a chain of additions into a tree, which spills; this keeps the chain.
+#if defined(__x86_64__)
+#define KEEP(vector) asm("" : "+x"(vector))
+#elif defined(__aarch64__)
+#define KEEP(vector) asm("" : "+w"(vector))
+#else
+#define KEEP(vector)
 #endif
 
 #define TEXT(x) #x
@@ -49,6 +61,17 @@ constexpr int MANY = 32;  // rows that share a table
 #define BEGIN(isa) _Pragma("GCC push_options") _Pragma(TEXT(GCC target(isa)))
 #define END _Pragma("GCC pop_options")
 #endif
+
+// What a thread keeps for products of many rows.
+struct Scratch {
+  alignas(64) uint16_t index[8 * (STRIP + 32)];
+  alignas(64) int16_t sums[MANY * STRIP];
+};
+
+static Scratch& scratch() {
+  static thread_local auto mine = std::make_unique<Scratch>();
+  return *mine;
+}
 
 namespace portable {  // any CPU that C++ runs on: x's two bytes apart, and two int16 products
 #define VECTOR 16
@@ -67,8 +90,13 @@ namespace avx2 {
 #define VECTOR 32
 #define GROUP 2
 #define AT_ONCE 2
-#define WIDEN(piece) (Wide)_mm256_cvtepi16_epi32((__m128i)(piece))
+#define WIDEN return (Ints8)_mm256_cvtepi16_epi32((__m128i)piece);
 #define DOT return sums + (Sums)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
+// A shift would take the execution units of shuffles, which are short; a multiplication does not.
+#define HIGH_HALVES return (Bytes)_mm256_mulhi_epu16((__m256i)codes, _mm256_set1_epi16(1 << 12));
+#define LOOKUP                                                                  \
+  return (Bytes)_mm256_shuffle_epi8(                                            \
+      _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), (__m256i)index);
 #include "native_kernels.h"
 }  // namespace avx2
 END
@@ -116,6 +144,7 @@ using Product = void(const int8_t* x, int64_t rows, int64_t k, const uint8_t* co
 struct Variant {
   const char* name;
   bool (*runs_here)();
+  int directly;  // up to so many rows `few` is faster than `many`; at most FEW
   Product *few, *many;
 };
 
@@ -124,20 +153,20 @@ static const Variant kVariants[] = {  // the best first
     {"avx512vnni",
      [] { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl"); },
-     avx512vnni::few, avx512vnni::many},
+     FEW, avx512vnni::few, avx512vnni::many},
 #if defined(HAS_AVXVNNI)
     {"avxvnni",
      [] { unsigned a, b, c, d;  // older compilers do not know it by name
           return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
                  (a >> 4 & 1); },
-     avxvnni::few, avxvnni::many},
+     FEW, avxvnni::few, avxvnni::many},
 #endif
-    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, avx2::few, avx2::many},
+    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, FEW / 2, avx2::few, avx2::many},
 #elif defined(__aarch64__) && defined(__linux__)
-    {"dotprod", [] { return bool(getauxval(AT_HWCAP) & HWCAP_ASIMDDP); }, dotprod::few,
+    {"dotprod", [] { return bool(getauxval(AT_HWCAP) & HWCAP_ASIMDDP); }, FEW, dotprod::few,
      dotprod::many},
 #endif
-    {"portable", [] { return true; }, portable::few, portable::many},
+    {"portable", [] { return true; }, FEW / 2, portable::few, portable::many},
 };
 
 static const Variant* find(std::string_view name) {
@@ -175,18 +204,21 @@ static bool equals_reference(Product* product, int64_t rows, int64_t k, int64_t 
   return true;
 }
 
-// 1 if the named variant computes what it should on this CPU, 0 if not, -1 if it cannot run here.
-extern "C" int bitnet_check(const char* name) {
-  const Variant* variant = find(name);
-  if (!variant) return -1;
+static bool right(const Variant& variant) {
   bool right = true;
   for (int sign : {0, 1, -1})
     for (int64_t rows : {1, 2, 5, MANY})
       for (int64_t k : {1, 77, 330})
-        for (Product* product : {variant->few, variant->many})
-          if (rows <= FEW || product == variant->many)
+        for (Product* product : {variant.few, variant.many})
+          if (rows <= FEW || product == variant.many)
             right = right && equals_reference(product, rows, k, 83, sign);
   return right;
+}
+
+// 1 if the named variant computes what it should on this CPU, 0 if not, -1 if it cannot run here.
+extern "C" int bitnet_check(const char* name) {
+  const Variant* variant = find(name);
+  return variant ? right(*variant) : -1;
 }
 
 // ---- The op --------------------------------------------------------------------------------------
@@ -215,10 +247,12 @@ static int64_t size(Dims dims, size_t axes) {
   return size;
 }
 
-// Columns of a task: at most `most`, at least 256, whole cache lines, about `tasks` of them.
-static int64_t strip(int64_t n, int64_t tasks, int64_t most) {
-  int64_t columns = std::min(most, std::max<int64_t>(256, (n + tasks - 1) / tasks));
-  return (columns + 63) / 64 * 64;
+// Columns of a task: at most `most`, whole cache lines, and if they need not be fewer than 256 so
+// many that the tasks, of which each column has `others`, can be shared by the threads evenly.
+static int64_t strip(int64_t n, int64_t others, int64_t threads, int64_t most) {
+  int64_t strips = (n + most - 1) / most;
+  while (strips * others % threads && n / (strips + 1) >= 256) strips++;
+  return ((n + strips - 1) / strips + 63) / 64 * 64;
 }
 
 static ffi::Error PackedProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
@@ -242,11 +276,11 @@ static ffi::Error PackedProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
   const bool one = size(cd, axes) == 1 && size(id, axes) == 1 && size(xd, axes) == matrices;
   if (one) rows *= matrices, matrices = 1;
 
-  const bool direct = rows <= FEW;
+  const bool direct = rows <= variant->directly;
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  const int64_t blocks = direct ? 1 : (rows + MANY - 1) / MANY, height = direct ? rows : MANY;
-  const int64_t wanted = direct ? threads : 2 * threads, others = matrices * blocks;
-  const int64_t columns = strip(n, (wanted + others - 1) / others, direct ? 8192 : 4096);
+  const int64_t blocks = direct ? 1 : (rows + MANY - 1) / MANY, others = matrices * blocks;
+  const int64_t height = direct ? rows : ((rows + blocks - 1) / blocks + 31) / 32 * 32;
+  const int64_t columns = strip(n, others, threads, direct ? 8192 : STRIP);
   const int64_t strips = (n + columns - 1) / columns;
   run(pool, others * strips, [&](int64_t task) {
     const int64_t b = task / strips / blocks, m = task / strips % blocks * height;

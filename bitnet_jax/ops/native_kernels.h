@@ -14,7 +14,7 @@
 // there. GROUP packed rows are therefore interleaved, in registers, one instruction a vector.
 
 #ifndef WIDEN
-#define WIDEN(piece) __builtin_convertvector(piece, Wide)
+#define WIDEN return __builtin_convertvector(piece, Ints8);
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
@@ -25,6 +25,13 @@ typedef std::conditional_t<GROUP == 2, uint16_t, uint32_t> Word;  // GROUP bytes
 typedef Sum Sums __attribute__((vector_size(VECTOR)));
 typedef Word Words __attribute__((vector_size(VECTOR)));
 
+typedef int8_t Bytes16 __attribute__((vector_size(16)));
+typedef int16_t Shorts8 __attribute__((vector_size(16)));
+typedef int32_t Ints4 __attribute__((vector_size(16)));
+typedef int32_t Ints8 __attribute__((vector_size(32)));
+
+INLINE Ints8 widen(Shorts8 piece) { WIDEN }
+INLINE Ints4 widen(Ints4 piece) { return piece; }
 INLINE Sums dot(Sums sums, Bytes codes, Bytes x) { DOT }
 
 template <class T>
@@ -75,7 +82,7 @@ INLINE void interleave(const uint8_t* const* row, int64_t column, Bytes* part) {
 // streams break off at every row's end, took 0.35 ms for 4096 x 4096 from memory, these 0.27.)
 constexpr int STREAMS = 8;
 constexpr int GROUPS = STREAMS / GROUP;
-constexpr int64_t AHEAD = 512;  // columns; what was asked for so early has come when it is used
+constexpr int64_t AHEAD = 256;  // columns; what was asked for so early has come when it is used
 
 // out[m][0 .. VECTOR) += sum over 32 inputs of (code + 1) * x, for M rows of x.
 //
@@ -114,7 +121,6 @@ INLINE void step(const uint8_t* const* row, int64_t column, int64_t ahead,
   }
   constexpr int PIECE = 16 / GROUP;  // neighbouring outputs in one part
   typedef Sum Piece __attribute__((vector_size(PIECE * sizeof(Sum))));
-  typedef int32_t Wide __attribute__((vector_size(PIECE * 4)));
 #pragma GCC unroll 2
   for (int m = 0; m < M; m++) {
     Sum sums[GROUP][VECTOR / GROUP];
@@ -123,7 +129,8 @@ INLINE void step(const uint8_t* const* row, int64_t column, int64_t ahead,
     for (int i = 0; i < VECTOR / PIECE; i++) {
       Piece piece = load<Piece>(&sums[i % GROUP][i / GROUP * PIECE]);
       int32_t* at = out + m * stride + i * PIECE;
-      store(at, load<Wide>(at) + WIDEN(piece));
+      auto wide = widen(piece);
+      store(at, load<decltype(wide)>(at) + wide);
     }
   }
 }
@@ -161,9 +168,125 @@ static void arrange(const int8_t* x, int64_t rows, int64_t k, int64_t blocks, in
   }
 }
 
+#ifdef LOOKUP
+// ---- One row: sums of two inputs are looked up in registers --------------------------------------
+
+// Half a byte holds two codes and chooses one of nine sums x0 d0 + x1 d1, within +-256: a shuffle of
+// bytes looks up 32 at once. The sum is kept as a + 32 b, a from -16 to 15, b from -8 to 8, so that
+// eight of each (four packed rows) add up in bytes. Bytes need no interleaving here, and the codes
+// are -1 to 1, so that there is no correction. Per 32 bytes of codes 13 instructions, and 17 with
+// dots; for more rows dots win, because a row costs 8 there and 10 here.
+INLINE Bytes high_halves(Bytes codes) { HIGH_HALVES }
+INLINE Bytes look(const int8_t* table, Bytes index) { LOOKUP }
+
+constexpr int PAIRS_OF_ROW = 2, TABLE = 16;
+constexpr int ROW_TABLES = PAIRS_OF_ROW * 2 * TABLE;  // bytes: a and b of each pair of inputs
+constexpr int WIDEST = 7;  // times STREAMS packed rows of +-512 stay in int16
+
+static void pair_tables(const int8_t* x, int64_t k, int64_t blocks, int8_t* to) {
+  const Shorts first = {-1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2};
+  const Shorts second = {-1, -1, -1, -1, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2};
+  typedef int8_t Table __attribute__((vector_size(TABLE)));
+  for (int64_t block = 0; block < blocks; block++)
+    for (int i = 0; i < STREAMS; i++)
+      for (int pair = 0; pair < PAIRS_OF_ROW; pair++, to += 2 * TABLE) {
+        int64_t at = 4 * (i * blocks + block) + 2 * pair;
+        int16_t x0 = at < k ? x[at] : 0, x1 = at + 1 < k ? x[at + 1] : 0;
+        Shorts sum = first * x0 + second * x1, b = (sum + 16) >> 5, a = sum - (b << 5);
+        store(to, __builtin_convertvector(a, Table));
+        store(to + TABLE, __builtin_convertvector(b, Table));
+      }
+}
+
+// sums[0 .. 2 VECTOR) += one packed row of each stream, two vectors (a cache line) at a time.
+INLINE void look_up_pairs(const uint8_t* const* row, int64_t column, int64_t ahead,
+                          const int8_t* tables, int16_t* sums) {
+  Sums total[4] = {};
+#pragma GCC unroll 2
+  for (int g = 0; g < STREAMS; g += 4) {
+    Bytes a[2] = {}, b[2] = {};
+#pragma GCC unroll 4
+    for (int i = g; i < g + 4; i++, tables += ROW_TABLES) {
+      __builtin_prefetch(row[i] + ahead);
+      Bytes low[2], high[2];
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) {
+        Bytes codes = load<Bytes>(row[i] + column + v * VECTOR);
+        low[v] = codes & 15, high[v] = high_halves(codes) & 15;
+      }
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) a[v] += look(tables, low[v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) b[v] += look(tables + TABLE, low[v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) a[v] += look(tables + 2 * TABLE, high[v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) b[v] += look(tables + 3 * TABLE, high[v]);
+      for (int v = 0; v < 2; v++) {
+        KEEP(a[v]);
+        KEEP(b[v]);
+      }
+    }
+    const Bytes weights = (Bytes)(Shorts{} + (1 | 32 << 8));
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; v++) {
+      total[2 * v] = dot(total[2 * v], weights, SHUFFLE(a[v], b[v], LANES(PAIRS, 0)));
+      total[2 * v + 1] = dot(total[2 * v + 1], weights, SHUFFLE(a[v], b[v], LANES(PAIRS, 8)));
+    }
+  }
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; q++)
+    store(sums + q * VECTOR / 2, load<Sums>(sums + q * VECTOR / 2) + total[q]);
+}
+
+static void one(const int8_t* x, int64_t k, const uint8_t* codes, int64_t n, int64_t columns,
+                int32_t* out) {
+  const int64_t packed = (k + 3) / 4, blocks = (packed + STREAMS - 1) / STREAMS;
+  static thread_local std::vector<int8_t> tables;
+  tables.resize(blocks * STREAMS * ROW_TABLES);
+  pair_tables(x, k, blocks, tables.data());
+  int16_t* sums = scratch().sums;  // pieces of 8 outputs, in the order interleaving leaves them in
+  memset(sums, 0, (columns + 63) / 64 * 64 * sizeof *sums);
+  std::fill_n(out, columns, 0);
+  for (int64_t block = 0; block < blocks; block++) {
+    const int8_t* table = &tables[block * STREAMS * ROW_TABLES];
+    const uint8_t* row[STREAMS];  // past the end any row will do: its x are 0
+    for (int i = 0; i < STREAMS; i++) row[i] = codes + std::min(i * blocks + block, packed - 1) * n;
+    int64_t c = 0;
+    for (; c + 64 <= columns; c += 64) {
+      int64_t ahead = c + AHEAD < columns ? c + AHEAD : c + AHEAD - columns + n;
+      look_up_pairs(row, c, ahead, table, sums + c);
+    }
+    if (c < columns) {
+      uint8_t copy[STREAMS][64] = {};
+      for (int i = 0; i < STREAMS; i++) {
+        memcpy(copy[i], row[i] + c, columns - c);
+        row[i] = copy[i];
+      }
+      look_up_pairs(row, 0, 0, table, sums + c);
+    }
+    if (block % WIDEST == WIDEST - 1 || block == blocks - 1)
+      for (c = 0; c < columns; c += 8) {
+        int16_t* piece =
+            sums + c / VECTOR * VECTOR + c / 8 % 2 * (VECTOR / 2) + c % VECTOR / 16 * 8;
+        Ints8 wide = widen(load<Shorts8>(piece));
+        if (c + 8 <= columns) {
+          store(out + c, load<Ints8>(out + c) + wide);
+        } else {
+          for (int64_t j = 0; j < columns - c; j++) out[c + j] += wide[j];
+        }
+        store(piece, Shorts8{});
+      }
+  }
+}
+#endif
+
 // out (rows, columns) = x (rows, k) @ codes (k, columns); codes and out lie in matrices n wide.
 static void few(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
                 int64_t columns, int32_t* out) {
+#ifdef LOOKUP
+  if (rows == 1) return one(x, k, codes, n, columns, out);
+#endif
   const int64_t packed = (k + 3) / 4, blocks = (packed + STREAMS - 1) / STREAMS;
   static thread_local std::vector<Word> words;
   words.resize(rows * blocks * GROUPS * 4);
@@ -193,29 +316,61 @@ static void few(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, 
 
 // ---- Many rows: sums of four inputs are looked up ------------------------------------------------
 
-// Four ternary codes have 81 values. For MANY rows of x and four inputs, all 81 sums are computed
+// Four ternary codes have 81 values. For HEIGHT rows of x and four inputs, all 81 sums are computed
 // once (one addition each) and serve every output: its byte chooses which of them is added. That is
-// one addition for four products, where a multiplication of bytes needs two instructions for two,
-// and it is plain C++ that any compiler turns into vectors.
-constexpr int PER_ROW = VECTOR / 2;        // rows of x in a vector of int16
-constexpr int PARTS = MANY / PER_ROW;      // vectors that hold one sum for MANY rows
-constexpr int TABLES = 4;                  // packed rows at once: their tables fit the L1 cache
+// one addition, and one load, for four products, where a multiplication of bytes needs two
+// instructions for two. What limits it is loading: 32 bytes are 64 products, AVX2 CPUs load 64 bytes
+// a cycle, so 128 products a cycle are the ceiling, four times that of multiplying bytes (32).
+constexpr int HEIGHT = VECTOR == 64 ? 32 : 16;      // rows of x that share a table
+constexpr int PARTS = HEIGHT * 2 / VECTOR;          // vectors that hold one sum for HEIGHT rows
+constexpr int TABLES = 128 / HEIGHT;                // packed rows at once: 20 KB, for the L1 cache
 constexpr int INPUTS = 4 * TABLES;
+constexpr int BLOCKS = MANY / HEIGHT;
+constexpr int ROW = STRIP + 32;  // of indices: no power of two, whose lines would share a cache set
 // A byte of a damaged weight may hold a code of 3, and point at most 40 sums past its table.
 constexpr int ENTRIES = 81 * TABLES + 40;
 
-// Base 4 to base 3: code + 1 of four inputs -> which of the 81 sums.
-static void indices(const uint8_t* codes, int64_t columns, uint8_t* index) {
-  for (int64_t i = 0; i < columns; i++) {
-    uint8_t even = codes[i] & 0x33, odd = codes[i] >> 2 & 0x33, nines = even + 3 * odd;
-    index[i] = (nines & 15) + 9 * (nines >> 4);
+// x[r][i] -> to[i][r], sixteen by sixteen: four times, zip the two halves of the rows.
+static void transpose(const int8_t* x, int64_t stride, int16_t (*to)[HEIGHT]) {
+  Bytes16 rows[16], zipped[16];
+  for (int r = 0; r < 16; r++) rows[r] = load<Bytes16>(x + r * stride);
+  for (int round = 0; round < 4; round++) {
+    for (int i = 0; i < 8; i++) {
+      Bytes16 a = rows[i], b = rows[i + 8];
+      zipped[2 * i] = ZIP(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      zipped[2 * i + 1] = ZIP(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+    memcpy(rows, zipped, sizeof rows);
   }
+  typedef int16_t Sixteen __attribute__((vector_size(32)));
+  for (int i = 0; i < 16; i++) store(to[i], __builtin_convertvector(rows[i], Sixteen));
+}
+
+// The next INPUTS of up to HEIGHT rows of x, 0 where rows or inputs end. Returns the largest sum
+// of their sizes over a row: no sum of them times codes is larger.
+static int32_t take_inputs(const int8_t* x, int64_t rows, int64_t k, int64_t left,
+                           int16_t (*inputs)[HEIGHT]) {
+  int8_t copy[HEIGHT][INPUTS];
+  int64_t stride = k;
+  if (rows < HEIGHT || left < INPUTS) {
+    memset(copy, 0, sizeof copy);
+    for (int64_t r = 0; r < rows; r++)
+      memcpy(copy[r], x + r * k, std::min<int64_t>(left, INPUTS));
+    x = copy[0], stride = INPUTS;
+  }
+  for (int r = 0; r < HEIGHT; r += 16)
+    for (int i = 0; i < INPUTS; i += 16)
+      transpose(x + r * stride + i, stride, (int16_t(*)[HEIGHT])&inputs[i][r]);
+  int16_t size[HEIGHT] = {};
+  for (int i = 0; i < INPUTS; i++)
+    for (int r = 0; r < HEIGHT; r++) size[r] += std::abs(inputs[i][r]);
+  return *std::max_element(size, size + HEIGHT);
 }
 
 // tables[t][i] = sum over the four inputs of packed row t of (digit of i - 1) * x.
-static void fill_tables(const int16_t (*x)[MANY], int16_t (*tables)[MANY]) {
+static void fill_tables(const int16_t (*x)[HEIGHT], int16_t (*tables)[HEIGHT]) {
   for (int t = 0; t < TABLES; t++, x += 4, tables += 81)
-    for (int part = 0; part < MANY; part += PER_ROW) {
+    for (int part = 0; part < HEIGHT; part += VECTOR / 2) {
       Shorts times[4][3], first[9], last[9];  // an input times -1, 0 and 1; pairs of them
       for (int j = 0; j < 4; j++) {
         times[j][2] = load<Shorts>(x[j] + part);
@@ -232,69 +387,103 @@ static void fill_tables(const int16_t (*x)[MANY], int16_t (*tables)[MANY]) {
     }
 }
 
-// sums[c] += the sum that output c's byte chooses, over TABLES packed rows.
-static void look_up(const int16_t (*tables)[MANY], const uint8_t* index, int64_t columns,
+// Base 4 to base 3, c0 + 4 c1 + 16 c2 + 64 c3 -> c0 + 3 c1 + 9 c2 + 27 c3: which of the 81 sums, as
+// its distance from the table's first in bytes.
+static void indices(const uint8_t* codes, int64_t columns, uint16_t* index) {
+  for (int64_t i = 0; i < columns; i++) {
+    uint16_t code = codes[i], nines = code - (code >> 2 & 0x33);
+    index[i] = uint16_t(nines - 7 * (nines >> 4)) * uint16_t(2 * HEIGHT);
+  }
+}
+
+// sums[c] += the sums that output c's bytes choose, over TABLES packed rows. Four outputs a turn,
+// because one load then brings four indices: loads are what is scarce.
+static void look_up(const int16_t (*tables)[HEIGHT], const uint16_t (*index)[ROW], int64_t columns,
                     int16_t* sums) {
-  for (int64_t c = 0; c < columns; c++, sums += MANY) {
-    Shorts sum[PARTS];
-    for (int part = 0; part < PARTS; part++) sum[part] = load<Shorts>(sums + part * PER_ROW);
-#pragma GCC unroll 4
+  for (int64_t c = 0; c < columns; c += 4, sums += 4 * HEIGHT) {
+    Shorts sum[4 * PARTS];
+    for (int i = 0; i < 4 * PARTS; i++) sum[i] = load<Shorts>(sums + i * VECTOR / 2);
+#pragma GCC unroll 8
     for (int t = 0; t < TABLES; t++) {
-      const int16_t* entry = tables[81 * t + (size_t)index[t * columns + c]];
-      for (int part = 0; part < PARTS; part++) sum[part] += load<Shorts>(entry + part * PER_ROW);
+      uint64_t four = load<uint64_t>(&index[t][c]);
+      const char* table = (const char*)tables[81 * t];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const char* entry = table + (four & 0xffff);
+        four >>= 16;
+        asm("" : "+r"(four));
+#pragma GCC unroll 2
+        for (int part = 0; part < PARTS; part++) {
+          sum[i * PARTS + part] += load<Shorts>(entry + part * VECTOR);
+          KEEP(sum[i * PARTS + part]);
+        }
+      }
     }
-    for (int part = 0; part < PARTS; part++) store(sums + part * PER_ROW, sum[part]);
+    for (int i = 0; i < 4 * PARTS; i++) store(sums + i * VECTOR / 2, sum[i]);
   }
 }
 
-// x[r][0 .. INPUTS) of up to MANY rows to inputs[i][r], 0 where rows or inputs end. Returns whether
-// the int16 sums may overflow by these inputs: `size` bounds each row's by what it has met so far.
-static bool take_inputs(const int8_t* x, int64_t rows, int64_t k, int64_t left,
-                        int16_t (*inputs)[MANY], int32_t* size) {
-  memset(inputs, 0, sizeof(int16_t) * INPUTS * MANY);
-  int32_t most = 0;
-  for (int64_t r = 0; r < rows; r++, x += k) {
-    for (int64_t i = 0; i < std::min<int64_t>(INPUTS, left); i++) {
-      inputs[i][r] = x[i];
-      size[r] += std::abs(x[i]);
+// out[r][c] = or += sums[c][r], and the sums start again: eight by eight, zipped as in `transpose`.
+template <bool add>
+static void put(int16_t* sums, int64_t columns, int64_t rows, int32_t* out, int64_t n) {
+  for (int64_t c = 0; c < columns; c += 8)
+    for (int r = 0; r < rows; r += 8) {
+      Shorts8 block[8], zipped[8];
+      for (int i = 0; i < 8; i++) block[i] = load<Shorts8>(sums + (c + i) * HEIGHT + r);
+      for (int round = 0; round < 3; round++) {
+        for (int i = 0; i < 4; i++) {
+          zipped[2 * i] = ZIP(block[i], block[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+          zipped[2 * i + 1] = ZIP(block[i], block[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+        }
+        memcpy(block, zipped, sizeof block);
+      }
+      for (int i = 0; i < std::min<int64_t>(8, rows - r); i++) {
+        int32_t* at = out + (r + i) * n + c;
+        Ints8 wide = widen(block[i]);
+        if (c + 8 <= columns) {
+          store(at, add ? load<Ints8>(at) + wide : wide);
+        } else {
+          for (int64_t j = 0; j < columns - c; j++) at[j] = (add ? at[j] : 0) + wide[j];
+        }
+      }
     }
-    most = std::max(most, size[r]);
-  }
-  return most > 32767;
+  memset(sums, 0, columns * HEIGHT * sizeof *sums);
 }
 
-static void widen(int16_t* sums, int64_t count, int32_t* wide) {
-  for (int64_t i = 0; i < count; i++) wide[i] += sums[i];
-  memset(sums, 0, count * sizeof *sums);
-}
-
-// As `few`, for up to MANY rows.
+// As `few`, for up to MANY rows and STRIP columns: the indices serve all rows.
 static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
                  int64_t columns, int32_t* out) {
-  static thread_local std::vector<int32_t> wide;
-  static thread_local std::vector<int16_t> narrow;
-  static thread_local std::vector<uint8_t> index;
-  alignas(64) int16_t inputs[INPUTS][MANY], tables[ENTRIES][MANY] = {};
-  int32_t size[MANY] = {};
-  const int64_t count = columns * MANY, packed = (k + 3) / 4;
-  wide.assign(count, 0), narrow.assign(count, 0), index.resize(TABLES * columns);
+  auto index = (uint16_t(*)[ROW])scratch().index;         // [TABLES][ROW]
+  auto sums = (int16_t(*)[STRIP][HEIGHT])scratch().sums;  // [BLOCKS][STRIP][HEIGHT]
+  alignas(64) int16_t inputs[INPUTS][HEIGHT], tables[ENTRIES][HEIGHT] = {};
+  const int64_t packed = (k + 3) / 4, blocks = (rows + HEIGHT - 1) / HEIGHT;
+  int32_t size[BLOCKS] = {};  // bounds the sums so far, until they are put
+  bool started[BLOCKS] = {};
+  for (int64_t b = 0; b < blocks; b++) memset(sums[b], 0, columns * sizeof *sums[b]);
+  auto put_block = [&](int64_t b) {
+    (started[b] ? put<true> : put<false>)(sums[b][0], columns,
+                                          std::min<int64_t>(HEIGHT, rows - b * HEIGHT),
+                                          out + b * HEIGHT * n, n);
+    started[b] = true, size[b] = 0;
+  };
   for (int64_t p = 0; p < packed; p += TABLES) {
-    int32_t before[MANY];
-    memcpy(before, size, sizeof size);
-    // Small activations, which most are, are widened rarely: only when an overflow is possible.
-    if (take_inputs(x + 4 * p, rows, k, k - 4 * p, inputs, size)) {
-      widen(narrow.data(), count, wide.data());
-      for (int r = 0; r < MANY; r++) size[r] -= before[r];
+    for (int t = 0; t < TABLES; t++) {
+      // Past the end any row will do: its x are 0.
+      indices(codes + std::min(p + t, packed - 1) * n, columns, index[t]);
+      const uint8_t* next = codes + std::min(p + t + TABLES, packed - 1) * n;
+      for (int64_t c = 0; c < columns; c += 64) __builtin_prefetch(next + c);
     }
-    fill_tables(inputs, tables);
-    for (int t = 0; t < TABLES; t++)  // past the end any row will do: its x are 0
-      indices(codes + std::min(p + t, packed - 1) * n, columns, &index[t * columns]);
-    look_up(tables, index.data(), columns, narrow.data());
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t height = std::min<int64_t>(HEIGHT, rows - b * HEIGHT);
+      int32_t more = take_inputs(x + b * HEIGHT * k + 4 * p, height, k, k - 4 * p, inputs);
+      // Small activations, which most are, are put rarely: only when int16 may overflow.
+      if (size[b] + more > 32767) put_block(b);
+      size[b] += more;
+      fill_tables(inputs, tables);
+      look_up(tables, index, columns, sums[b][0]);
+    }
   }
-  widen(narrow.data(), count, wide.data());
-  for (int64_t c = 0; c < columns; c += 16)  // 16 at a time: both sides stay in the L1 cache
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t i = c; i < std::min(columns, c + 16); i++) out[r * n + i] = wide[i * MANY + r];
+  for (int64_t b = 0; b < blocks; b++) put_block(b);
 }
 
 #undef INLINE
@@ -308,3 +497,5 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
 #undef AT_ONCE
 #undef DOT
 #undef WIDEN
+#undef LOOKUP
+#undef HIGH_HALVES

@@ -200,7 +200,7 @@ class _Leaves:
         if not config.tied:
             params["head"] = {"kernel": self.matrix("output", (config.vocab_size, width))}
         if self.left:
-            raise BitnetError(f"{self.file.path}: no place for its tensor {min(self.left)}")
+            raise BitnetError(f"{self.file.path}: no place for its tensor {min(self.left)!r}")
         return {"params": params}
 
     def block(self, i: int) -> dict:

@@ -5,6 +5,7 @@ splits named here can be carried, in either direction.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,16 @@ _SAME = {"gpt2": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 _ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>")
 # SentencePiece makes tokens of 16 letters unless told otherwise; cutting takes the square of this.
 _LONGEST = 1000
-CONFIG = "tokenizer_config.json"  # where Hugging Face keeps what its tokenizer.json has no room for
+# Where Hugging Face keeps what its tokenizer.json has no room for.
+CONFIG, TEMPLATE, GENERATION = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def write(
-    tokenizer: tokenizers.Tokenizer, entries: int, config: bytes = b""
+    tokenizer: tokenizers.Tokenizer, entries: int, files: Mapping[str, bytes]
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A tokenizer as GGUF's metadata, and what should be known about it.
 
@@ -44,8 +50,8 @@ def write(
       tokenizer: byte-level BPE split as GPT-2, SmolLM, Llama 3 or Qwen 2, or SentencePiece's BPE
         as Llama 2 has it.
       entries: rows of the embedding table; llama.cpp wants a token for each.
-      config: the model's ``tokenizer_config.json``, if it has one: which token ends a text, and
-        the template of a chat.
+      files: the model's, among them perhaps ``tokenizer_config.json``, which says what ends a text,
+        and a chat's template.
 
     Raises:
       BitnetError: for another kind of tokenizer, or more tokens than ``entries``.
@@ -73,7 +79,7 @@ def write(
         fields |= _sentencepiece(spec, words, kinds, merges)
     else:
         fields |= {"model": "gpt2", "pre": _split_name(spec), "merges": merges}
-    extra = _json(config)
+    extra = _json(files.get(CONFIG, b""))
     one = tokenizer.encode("a")
     fields["add_bos_token"] = one.special_tokens_mask[:1] == [1]
     if fields["add_bos_token"]:
@@ -81,8 +87,9 @@ def write(
     end = next((w for w in (_text(extra.get("eos_token")), *_ENDS) if w in vocabulary), None)
     if end is not None:
         fields["eos_token_id"] = vocabulary[end]
-    if isinstance(extra.get("chat_template"), str):
-        fields["chat_template"] = extra["chat_template"]
+    template = files.get(TEMPLATE, b"").decode(errors="replace") or extra.get("chat_template")
+    if isinstance(template, str):
+        fields["chat_template"] = template
     missing = "the tokenizer has no token that ends a text; llama.cpp takes one of its own choice"
     named = {_key(name): value for name, value in fields.items()}
     return named, () if end is not None else (missing,)
@@ -195,10 +202,17 @@ def read(fields: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, bytes]
     except Exception as e:  # what a damaged vocabulary makes the tokenizers package raise
         line = (str(e).splitlines() or [type(e).__name__])[0][:160]
         raise BitnetError(f"its tokenizer: damaged ({line})") from e
-    config = {f"{n}_token".replace("unknown", "unk"): w for n, w in named.items() if w}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    config |= {f"{n}_token".replace("unknown", "unk"): w for n, w in named.items() if w}
+    ids = {f"{n}_token_id": vocabulary[w] for n, w in named.items() if w in vocabulary}
+    ids.pop("unknown_token_id", None)
     if isinstance(fields.get("tokenizer.chat_template"), str):
         config["chat_template"] = fields["tokenizer.chat_template"]
-    return tokenizer, {CONFIG: json.dumps(config, indent=1).encode()}
+    write = lambda x: (json.dumps(x, indent=2) + "\n").encode()
+    return tokenizer, {CONFIG: write(config), GENERATION: write(ids)}
 
 
 def _named(words: list[str], i: Any) -> str | None:

@@ -88,9 +88,7 @@ def save(
             f"{type(config).__name__.removesuffix('Config')}; export to onnx instead"
         )
     arch = _architecture(config, patched)
-    words, notes = tokenizer.write(
-        model.tokenizer, config.vocab_size, model.files.get(tokenizer.CONFIG, b"")
-    )
+    words, notes = tokenizer.write(model.tokenizer, config.vocab_size, model.files)
     plan = Plan(model, arch, tuple(types), floats, scale_tensors or arch == "bitnet")
     tensors = list(plan.tensors())
     main = max(tensors, key=lambda t: t.nbytes * t.name.startswith("blk.")).kind

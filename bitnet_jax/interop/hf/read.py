@@ -62,8 +62,8 @@ def load(
       console: where to draw a progress bar; None for silence.
 
     Returns:
-      The model with its tokenizer, which begins text as transformers' would, and in ``files`` the
-      tokenizer's config, chat template and special tokens' numbers.
+      The model with its tokenizer, and in ``files`` the tokenizer's config, chat template and
+      special tokens' numbers.
 
     Raises:
       BitnetError: if a file is missing, damaged or hostile, or the model has something that ours

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face's folders: read, made to begin as theirs do, carried along."""
+"""Tokenizers of Hugging Face's folders and the small files beside them: read and carried along."""
 
 import json
 from collections.abc import Mapping
@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.processors import Sequence, TemplateProcessing
 
 from ...errors import BitnetError
 from ...models.folder import TOKENIZER
-from ..mapped import read_json
 
 GENERATION = "generation_config.json"
 _CONFIG = "tokenizer_config.json"
@@ -20,7 +18,10 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a folder, with a first token where transformers would put one.
+    """The tokenizer of a folder.
+
+    Whether text begins with a special token is written in ``tokenizer.json``; where there is one,
+    transformers ignores ``add_bos_token`` in the tokenizer's config, and so do we.
 
     Raises:
       BitnetError: if there is no ``tokenizer.json``, or it is damaged.
@@ -32,32 +33,9 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
             "AutoTokenizer.from_pretrained(...).save_pretrained, or give --tokenizer FILE"
         )
     try:
-        found = tokenizers.Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:
         raise BitnetError(f"{file}: is no tokenizer of the tokenizers library") from e
-    config = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
-    first = _token(config.get("bos_token")) if isinstance(config, dict) else None
-    if first is not None and config.get("add_bos_token") is True:
-        _begin_with(found, first)
-    return found
-
-
-def _begin_with(tokenizer: tokenizers.Tokenizer, token: str) -> None:
-    """Make encoded text begin with this token, unless it does."""
-    number = tokenizer.token_to_id(token)
-    if number is None or tokenizer.encode("a").ids[:1] == [number]:
-        return
-    begin = TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token} $B:1", special_tokens=[(token, number)]
-    )
-    before = tokenizer.post_processor
-    tokenizer.post_processor = begin if before is None else Sequence([before, begin])
-
-
-def _token(given: Any) -> str | None:
-    """A special token, written as text or as an added token's fields."""
-    given = given.get("content") if isinstance(given, dict) else given
-    return given if isinstance(given, str) else None
 
 
 def carried(folder: Path, config: dict) -> dict[str, bytes]:
