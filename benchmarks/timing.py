@@ -1,36 +1,4 @@
-"""What the benchmarks share: turns in one process, and results kept as JSON and text."""
+"""See `bitnet_jax.bench.timing`."""
 
-import json
-import time
-from collections.abc import Callable
-from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
-
-
-def turns(calls: dict[str, Callable], repeats: int, skip: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call, turn by turn, so that a busy moment of the machine meets all of them.
-
-    Args:
-      calls: name to what is timed; it returns when its result is there.
-      repeats: turns that count.
-      skip: turns before them, which compile.
-    """
-    seconds = {name: [] for name in calls}
-    for i in range(repeats + skip):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if i >= skip:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def keep(out: Path | None, result: dict, table: Table, width: int = 100) -> None:
-    """Write the figures to OUT.json and the table to OUT.txt; nothing for None."""
-    if out is None:
-        return
-    out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    with out.with_suffix(".txt").open("w") as file:
-        Console(file=file, width=width).print(table)
+from bitnet_jax.bench.timing import keep as keep
+from bitnet_jax.bench.timing import turns as turns

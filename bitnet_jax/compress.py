@@ -276,6 +276,9 @@ def load_weights(
 ) -> Any:
     """Weights to be packed without running them: a model folder, or the variables alone.
 
+    The variables alone are numpy arrays in the file's dtypes, which stay in a safetensors file
+    until they are touched, so that the model may be larger than memory.
+
     Arguments as of `load_source`; weights of no network we know are laid out by their names and
     shapes.
 
@@ -287,7 +290,7 @@ def load_weights(
     if module is not None or known:
         return load_source(path, module, tokenizer, console, architecture, overrides)
     _only_phase3(path, architecture, overrides)
-    imported = from_torch(path)
+    imported = from_torch(path, mapped=True)
     for line in imported.report.lines() if console else []:
         console.print(line, highlight=False)  # pyright: ignore[reportOptionalMemberAccess]
     return imported.tree

@@ -24,6 +24,7 @@ from .leaf import (
 from .packed import pack_weight, unpack_weight
 from .policy import FLOATS, Policy, is_ternary_matrix, place, quantized_format, scheme_of
 from .quantize import Scheme, dequantize, quantize_kernel
+from .quantpack import quantize_packed
 
 Tree = Any
 
@@ -111,12 +112,20 @@ def check_finite(params: Tree) -> None:
             )
 
 
-def _kernel(x: jax.Array, path: str, format: str, policy: Policy, scheme: Scheme) -> Quantized:
+def kernel_arguments(
+    x: jax.Array, path: str, format: str, policy: Policy, scheme: Scheme
+) -> tuple[Scheme, int | None]:
+    """The scheme and the number of input axes a kernel is quantised with."""
     inputs = None if format == "ternary-stack" else policy.inputs_of(path, x.ndim)
-    return _quantize_kernel(x, scheme_of(format, path, scheme), inputs)
+    return scheme_of(format, path, scheme), inputs
+
+
+def _kernel(x: jax.Array, path: str, format: str, policy: Policy, scheme: Scheme) -> Quantized:
+    return _quantize_kernel(x, *kernel_arguments(x, path, format, policy, scheme))
 
 
 _quantize_kernel = jax.jit(quantize_kernel, static_argnums=(1, 2))
+_quantize_packed = jax.jit(quantize_packed, static_argnums=(1, 2))
 
 
 def ternarise(
@@ -144,6 +153,11 @@ def ternarise(
     >>> tree["up"]["kernel"].codes.dtype, tree["up"]["bias"].dtype
     (dtype('int8'), dtype('float16'))
     """
+    return _each(params, policy, scheme, _quantize_kernel, found)
+
+
+def _each(params: Tree, policy: Policy, scheme: Scheme, quantise: Callable, found: Mapping) -> Tree:
+    """One leaf after the other, so that no two of them are in memory twice."""
     check_finite(params)
 
     def one(path, x):
@@ -153,7 +167,9 @@ def ternarise(
         format, _ = place(name, x, policy)
         if format is None:
             return x
-        return x.astype(format) if format in FLOATS else _kernel(x, name, format, policy, scheme)
+        if format in FLOATS:
+            return x.astype(format)
+        return quantise(x, *kernel_arguments(x, name, format, policy, scheme))
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_quantized)
 
@@ -311,13 +327,13 @@ def code_counts(leaf: Quantized | Packed) -> tuple[int, int, int]:
 def convert(params: Tree, policy: Policy = Policy(), scheme: Scheme = Scheme()) -> Converted:
     """A full-precision tree to a packed ternary one, with a report of every leaf.
 
-    ``pack(ternarise(params, policy, scheme))``; the same module applies it, because the tree
-    decides what its layers do.
+    ``pack(ternarise(params, policy, scheme))``, without the unpacked tree in between; the same
+    module applies it, because the tree decides what its layers do.
 
     >>> result = convert({"up": {"kernel": jnp.eye(8)}})
     >>> leaf = result.report.leaves[0]
     >>> leaf.format, leaf.bytes_before, leaf.bytes_after, leaf.zeros, leaf.plus
     ('ternary', 256, 20, 56, 8)
     """
-    tree = pack(ternarise(params, policy, scheme))
+    tree = pack(_each(params, policy, scheme, _quantize_packed, {}))
     return Converted(tree, report(params, tree, policy))

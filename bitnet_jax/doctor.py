@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from .ops import OPS, choose
+from .ops import OPS, choose, choose_dense, training
+from .ops.choose import int8_units
 from .ops.native import status, variants
 
 _ROWS = (1, 2, 8, 128)
@@ -21,6 +22,7 @@ _REASONS = {
     "decode": "no C++ op here; plain JAX on packed codes, good for one or two rows",
     "mosaic": "int8 tensor cores read the packed codes as they lie",
     "xla": "unpacks to int8, then XLA's own product",
+    "xla-float8": "unpacks to float8, then XLA's product with bfloat16: no int8 units here",
 }
 
 
@@ -31,9 +33,10 @@ def examine(repeats: int = 7) -> dict:
       repeats: calls timed of each, after one that compiles.
 
     Returns:
-      ``versions``, ``platform``, ``devices``, ``cpu``, ``native`` (a sentence), ``choices``: a list
-      of ``rows``, ``op``, ``why``, ``ms`` (the median), ``float32_ms`` of XLA's product of the same
-      2048 x 2048 matrix in float32, and ``speedup_vs_float32``. Weights are in cache where it holds
+      ``versions``, ``platform``, ``devices``, ``cpu``, ``native`` and ``training`` (a sentence
+      each), ``choices``: a list of ``rows``, ``op``, ``why``, ``ms`` (the median), ``float32_ms``
+      of XLA's product of the same 2048 x 2048 matrix in float32, and ``speedup_vs_float32``.
+      Weights are in cache where it holds
       them; benchmarks/products.py measures them from memory.
     """
     backend = jax.default_backend()
@@ -44,6 +47,7 @@ def examine(repeats: int = 7) -> dict:
         "cpu": platform.processor() or platform.machine(),
         "native": status(),
         "variants": list(variants()),
+        "training": _training(backend),
         "choices": [],
     }
     random = np.random.default_rng(0)
@@ -69,6 +73,15 @@ def examine(repeats: int = 7) -> dict:
     return found
 
 
+def _training(backend: str) -> str:
+    """Which form a training step's products have here, and why."""
+    if choose_dense(backend, 1024, 1024, 1024) == "native":
+        return f"training: in C++, this CPU has no units for int8 ({training.status()})"
+    if backend == "cpu" and not int8_units():
+        return f"training: XLA's int8, although this CPU has no units for it ({training.status()})"
+    return "training: XLA's int8, which this machine has units for"
+
+
 def _medians(calls: tuple[Callable, ...], repeats: int) -> list[float]:
     """Milliseconds of each, turn by turn, so that a busy moment meets all of them."""
     times = [[] for _ in calls]
@@ -91,4 +104,4 @@ def render(found: dict) -> list:
     for x in found["choices"]:
         numbers = (f"{x['ms']:.3f}", f"{x['float32_ms']:.3f}", f"{x['speedup_vs_float32']:.1f}x")
         table.add_row(str(x["rows"]), x["op"], *numbers, x["why"])
-    return [f"{told} on {', '.join(found['devices'])}", found["native"], table]
+    return [f"{told} on {', '.join(found['devices'])}", found["native"], found["training"], table]

@@ -18,10 +18,19 @@ from .leaf import (
     Prequantized,
     Product,
     Quantized,
+    Ternary,
     is_quantized,
     split,
 )
-from .ops import integer_product, mosaic, packed_product, scaled
+from .ops import (
+    by_platform,
+    choose_dense,
+    integer_product,
+    mosaic,
+    packed_product,
+    scaled,
+    training,
+)
 from .packed import unpack_weight
 from .quantize import Scheme, grouped, matrix_values, quantize_activations, quantize_weights
 
@@ -37,7 +46,7 @@ def accumulate(
       x: int8 (*batch, *rows, in).
       weight: codes (*batch, in, out), or packed ternary ones, which are read as they are.
       batch_dims: number of leading axes the two share.
-      op: which op reads packed codes, see `bitnet_jax.ops`; None picks it.
+      op: which op multiplies, see `bitnet_jax.ops`; None picks it.
 
     Returns:
       int32 (*batch, groups, *rows, out): one sum for each group of inputs that shares a scale.
@@ -51,11 +60,36 @@ def accumulate(
         if weight.group % 4 == 0:
             return _packed_sums(x, weight, batch_dims, op)
         weight = unpack_weight(weight)  # a byte whose codes have different scales
+    product = functools.partial(_dense_product, op=op if isinstance(weight, Ternary) else "xla")
     if not weight.group:
-        return jnp.expand_dims(integer_product(x, weight.codes, batch_dims), batch_dims)
+        return jnp.expand_dims(product(x, weight.codes, batch_dims), batch_dims)
     blocks, _ = grouped(weight.codes, weight.group)
     groups, size = blocks.shape[-3:-1]
-    return integer_product(_by_group(x, groups, size, batch_dims), blocks, batch_dims + 1)
+    return product(_by_group(x, groups, size, batch_dims), blocks, batch_dims + 1)
+
+
+def _pick(op: str | None, rows: int, inputs: int, outputs: int) -> Callable[[str], str]:
+    """platform -> ``"native"`` or ``"xla"``, for ternary codes of a byte each."""
+    if op is not None:
+        return lambda platform: "native" if op == "native" else "xla"
+    return lambda platform: choose_dense(platform, rows, inputs, outputs)
+
+
+def _flat(x: jax.Array, batch_dims: int) -> jax.Array:
+    """(*batch, *rows, size) -> (*batch, rows, size)."""
+    return x.reshape(*x.shape[:batch_dims], math.prod(x.shape[batch_dims:-1]), x.shape[-1])
+
+
+def _dense_product(x: jax.Array, codes: jax.Array, batch_dims: int, op: str | None):
+    """int8 (*batch, *rows, in) times codes (*batch, in, out), int32 (*batch, *rows, out)."""
+    rows = x.shape[batch_dims:-1]
+
+    def native(x, codes):
+        y = training.ternary_product(_flat(x, batch_dims), codes)
+        return y.reshape(*y.shape[:batch_dims], *rows, y.shape[-1])
+
+    forms = {"native": native, "xla": lambda x, codes: integer_product(x, codes, batch_dims)}
+    return by_platform(_pick(op, math.prod(rows), *codes.shape[-2:]), forms, x, codes)
 
 
 def _by_group(x: jax.Array, groups: int, size: int, batch_dims: int) -> jax.Array:
@@ -135,17 +169,66 @@ def _product_fwd(x, latent, weight, batch_dims, dtype, precision, op):
 def _product_bwd(batch_dims, dtype, precision, op, residuals, g):
     """dx = g @ q(w).T and dw = q(x).T @ g: the straight-through estimator on both sides."""
     codes, scale, weight, trained = residuals
-    batch = tuple(range(batch_dims))
     weight = unpack_weight(weight) if isinstance(weight, Packed) else weight
-    qw = matrix_values(weight).astype(dtype)
-    dims = (((g.ndim - 1,), (batch_dims + 1,)), (batch, batch))
-    dx = lax.dot_general(g, qw, dims, precision=precision).astype(jnp.float32)
+    dx = _grad_input(g, weight, batch_dims, dtype, precision, op)
     if trained is None:
         return dx, None, None
-    qx = (codes * scale).astype(dtype)
-    rows = tuple(range(batch_dims, g.ndim - 1))
-    dw = lax.dot_general(qx, g, ((rows, rows), (batch, batch)), precision=precision)
-    return dx, dw.astype(jnp.float32), None
+    return dx, _grad_weight(codes, scale, g, batch_dims, dtype, precision, op), None
+
+
+def _grad_input(g, weight, batch_dims, dtype, precision, op):
+    """g (*batch, *rows, out) @ q(w).T, float32 (*batch, *rows, in)."""
+    batch = tuple(range(batch_dims))
+
+    def by_xla(g, weight):
+        qw = matrix_values(weight).astype(dtype)
+        dims = (((g.ndim - 1,), (batch_dims + 1,)), (batch, batch))
+        return lax.dot_general(g, qw, dims, precision=precision).astype(jnp.float32)
+
+    def native(g, weight):
+        # One scale for all outputs goes to the end; one an output goes in front of the sums.
+        wide, last = _flat(g, batch_dims).astype(jnp.float32), weight.scale.shape[-1] == 1
+        wide = wide if last else wide * weight.scale
+        dx = training.ternary_product(wide, weight.codes, transposed=True)
+        return (dx * weight.scale if last else dx).reshape(*g.shape[:-1], dx.shape[-1])
+
+    if not isinstance(weight, Ternary) or weight.group:
+        return by_xla(g, weight)
+    inputs, outputs = weight.codes.shape[-2:]
+    pick = _pick(op, math.prod(g.shape[batch_dims:-1]), outputs, inputs)
+    return by_platform(pick, {"native": native, "xla": by_xla}, g, weight)
+
+
+def _grad_weight(codes, scale, g, batch_dims, dtype, precision, op):
+    """q(x).T @ g, float32 (*batch, in, out)."""
+    batch, rows = tuple(range(batch_dims)), tuple(range(batch_dims, g.ndim - 1))
+
+    def by_xla(codes, scale, g):
+        qx = (codes * scale).astype(dtype)
+        dims = ((rows, rows), (batch, batch))
+        return lax.dot_general(qx, g, dims, precision=precision).astype(jnp.float32)
+
+    def in_16_bits(codes, scale, g):
+        codes, scale, g = (_flat(a, batch_dims) for a in (codes, scale, g))
+        return training.grad_weight(codes, scale[..., 0], g.astype(jnp.float32))
+
+    def in_float32(codes, scale, g):
+        qx = _flat(codes * scale, 0)
+        return training.float_product(qx, _flat(g, 0).astype(jnp.float32), left_transposed=True)
+
+    native = in_16_bits if _reduced(precision) else in_float32
+    if native is in_float32 and (batch_dims or dtype != jnp.float32):
+        return by_xla(codes, scale, g)
+    count = math.prod(g.shape[i] for i in rows)
+    pick = _pick(op, count, codes.shape[-1], g.shape[-1])
+    return by_platform(pick, {"native": native, "xla": by_xla}, codes, scale, g)
+
+
+def _reduced(precision: Any) -> bool:
+    """Whether float32 products may be computed from operands of fewer bits."""
+    names = ("default", "high", "bfloat16", "tensorfloat32", "bfloat16_3x", "fastest")
+    parts = precision if isinstance(precision, tuple) else (precision,)
+    return all(p in names or p in (lax.Precision.DEFAULT, lax.Precision.HIGH) for p in parts)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
@@ -232,13 +315,15 @@ def dot_general(
         shape (*batch, *in axes, *out axes), whose codes are multiplied as they are; or a leaf that
         says itself what multiplying by it means (`bitnet_jax.leaf.Acting`).
       dimension_numbers: as in `jax.lax.dot_general`.
-      precision: of the backward products; the forward one is exact.
+      precision: of the backward products; the forward one is exact. None is float32; with
+        ``"high"`` or ``"tensorfloat32"``, or less, grad-weight may take 16 bits of each gradient
+        (`bitnet_jax.ops.training.grad_weight`) where that is faster.
       preferred_element_type: dtype of the result; by default lhs's.
       out_sharding: as in `jax.lax.dot_general`, for meshes with explicit axes.
       scheme: how latent weights are quantised; None to leave them, and the activations that meet
         them, in float, as `jax.lax.dot_general` does. Quantised leaves carry their own.
-      op: which op multiplies packed ternary codes, a name out of `bitnet_jax.ops.OPS`; None picks
-        the one that suits. All give the same accumulators.
+      op: which op multiplies ternary codes, a name out of `bitnet_jax.ops.OPS`; None picks the one
+        that suits. All give the same accumulators, and gradients equal to float rounding.
 
     Returns:
       (*batch, *lhs free axes, *rhs free axes). Differentiable in lhs, and in rhs when it is latent.

@@ -5,12 +5,12 @@ and those of the scale are no more together: 11 for codes of -1, 0, 1, 8 for int
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from .leaf import Int4, Int8, Quantized, is_quantized
+from .leaf import Int4, Int8, Packed, Quantized, is_quantized
 from .quantize import LEVELS, grouped, ungrouped
 
 Tree = Any
@@ -41,11 +41,15 @@ def exact_in_half(tree: Tree, latent: Tree) -> Tree:
     >>> bool((values == values.astype("float16")).all()), exact["kernel"].codes.ravel().tolist()
     (True, [38, -127])
     """
-    one = lambda w, x: jax.jit(_exact)(w, x) if isinstance(w, Quantized) else w
+    one = lambda w, x: jax.jit(exact)(w, x) if isinstance(w, Quantized) else w
     return jax.tree.map(one, tree, latent, is_leaf=is_quantized)
 
 
-def _exact(weight: Quantized, latent: jax.Array) -> Quantized:
+_Leaf = TypeVar("_Leaf", bound=Quantized | Packed)
+
+
+def exact(weight: _Leaf, latent: jax.Array) -> _Leaf:
+    """`exact_in_half` of one leaf; a ternary one may be packed."""
     kind = type(weight)
     scale = _rounded(weight.scale, _BITS.get(kind, _HALF_BITS), down=kind in _BITS)
     if kind not in _BITS:

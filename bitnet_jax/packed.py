@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .leaf import PACKED, Packed, PackedSparse, Quantized
 from .sparse import pack_fours, unpack_fours
@@ -27,7 +28,7 @@ def pack_codes(codes: jax.Array, bits: int = 2) -> jax.Array:
     rows = -(-size // n)
     pad = [(0, 0)] * len(lead) + [(0, -size % n), (0, 0)]
     # Wraps for 8 bits, as it should: -127 + 128 mod 256.
-    shifted = jnp.pad(codes, pad).astype(jnp.uint8) + jnp.uint8(_offset(bits))
+    shifted = lax.bitcast_convert_type(jnp.pad(codes, pad), jnp.uint8) + jnp.uint8(_offset(bits))
     parts = shifted.reshape(*lead, rows, n, out)
     return (parts << _shifts(bits)).sum(axis=-2, dtype=jnp.uint8)
 
@@ -40,7 +41,9 @@ def unpack_codes(packed: jax.Array, in_features: int, bits: int = 2) -> jax.Arra
     """
     *lead, rows, out = packed.shape
     parts = (packed[..., None, :] >> _shifts(bits)) & jnp.uint8(2**bits - 1)
-    codes = (parts - jnp.uint8(_offset(bits))).astype(jnp.int8)
+    # No conversion: where the codes go on to float32 and a sum or maximum in one program, XLA's CPU
+    # backend (jaxlib 0.10.2) takes -1, 255 as uint8, for 127.
+    codes = lax.bitcast_convert_type(parts - jnp.uint8(_offset(bits)), jnp.int8)
     return codes.reshape(*lead, rows * (8 // bits), out)[..., :in_features, :]
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from .leaf import Int4, Int8, Quantized, Sparse, Ternary
+from .reduce import over
 
 # Clamp of the mean |w| below which a scale would divide by (almost) zero. BitNet b1.58 clamps at
 # 1e-5 ("The Era of 1-bit LLMs: Training Tips, Code and FAQ"), the sandbox's layer at 1e-8.
@@ -132,22 +133,54 @@ def quantize_weights(w: jax.Array, scheme: Scheme = Scheme()) -> Quantized:
 def _round_to_ternary(blocks: jax.Array, rows: jax.Array, axes: tuple[int, ...], scheme: Scheme):
     """Codes (..., groups, group, out) and scale (..., groups, 1, out or 1) of a ternary rule."""
     count = rows * blocks.shape[-1] if -1 in axes else rows
-    size = jnp.abs(blocks)
-    mean = jnp.maximum(size.sum(axes, keepdims=True) / count, _SMALLEST_SCALE[scheme.rule])
-    if scheme.rule == "absmean":
-        return jnp.clip(jnp.round(blocks / mean), -1, 1), mean
+    (total,) = over(lambda w: (jnp.abs(w),), jnp.add, blocks, axes)
+    mean = mean_of(total, count, scheme)
     if scheme.rule == "sherry":
         codes = _smallest_of_four_to_zero(blocks, rows)
-    else:
-        share = _THRESHOLD[scheme.rule] if scheme.threshold is None else scheme.threshold
-        # Strict: a weight exactly on the threshold keeps its sign, as in the sandbox's layer.
-        codes = jnp.where(size < share * mean, 0.0, jnp.sign(blocks))
-    if scheme.rule == "threshold":
+        kept = jnp.abs(codes)
+        total = (jnp.abs(blocks) * kept).sum(axes, keepdims=True)
+        return codes, scale_of(total, kept.sum(axes, keepdims=True), scheme)
+    cut = cut_of(mean, scheme)
+    codes = codes_by_cut(blocks, cut)
+    if scheme.rule != "twn":
         return codes, mean
-    kept = jnp.abs(codes)
-    scale = (size * kept).sum(axes, keepdims=True)
-    scale = scale / jnp.maximum(kept.sum(axes, keepdims=True), 1.0)
-    return codes, jnp.maximum(scale, _SMALLEST_SCALE[scheme.rule])
+    kept, number = over(_kept, jnp.add, blocks, axes, cut)
+    return codes, scale_of(kept, number, scheme)
+
+
+def mean_of(total: jax.Array, count: jax.Array, scheme: Scheme) -> jax.Array:
+    """m of `Scheme`'s table, bounded from below, from the sum of |w| and how many they are."""
+    return jnp.maximum(total / count, _SMALLEST_SCALE[scheme.rule])
+
+
+def cut_of(mean: jax.Array, scheme: Scheme) -> jax.Array:
+    """The smallest |w| whose code is not 0; also for absmean, without rounding anything.
+
+    round(w / m) is half to even, so it is 0 up to |w| = m / 2 and not above; and the float32
+    quotient is above 1/2 as soon as w is above m / 2, which is exact.
+
+    >>> cut_of(jnp.float32(4), Scheme("threshold", threshold=0.5)).item()
+    2.0
+    """
+    if scheme.rule == "absmean":
+        return jnp.nextafter(0.5 * mean, jnp.inf)
+    # A weight exactly on the threshold keeps its sign, as in the sandbox's layer.
+    return mean * (_THRESHOLD[scheme.rule] if scheme.threshold is None else scheme.threshold)
+
+
+def codes_by_cut(w: jax.Array, cut: jax.Array) -> jax.Array:
+    """int8: the sign of w where |w| >= cut, else 0."""
+    return (w >= cut).astype(jnp.int8) - (w <= -cut).astype(jnp.int8)
+
+
+def _kept(w: jax.Array, cut: jax.Array) -> tuple[jax.Array, jax.Array]:
+    kept = codes_by_cut(w, cut) != 0
+    return jnp.where(kept, jnp.abs(w), 0.0), kept.astype(jnp.float32)
+
+
+def scale_of(kept: jax.Array, number: jax.Array, scheme: Scheme) -> jax.Array:
+    """The mean of the |w| whose code is not 0, from their sum and their number."""
+    return jnp.maximum(kept / jnp.maximum(number, 1.0), _SMALLEST_SCALE[scheme.rule])
 
 
 def _smallest_of_four_to_zero(blocks: jax.Array, rows: jax.Array) -> jax.Array:
@@ -165,7 +198,8 @@ def _smallest_of_four_to_zero(blocks: jax.Array, rows: jax.Array) -> jax.Array:
 def _round_to_levels(blocks: jax.Array, axes: tuple[int, ...], scheme: Scheme):
     """Codes and scale of an integer rule, shapes as above."""
     levels = LEVELS[scheme.rule]
-    largest = jnp.abs(blocks).max(axes, keepdims=True, initial=_SMALLEST_SCALE[scheme.rule])
+    (largest,) = over(lambda w: (jnp.abs(w),), jnp.maximum, blocks, axes)
+    largest = jnp.maximum(largest, _SMALLEST_SCALE[scheme.rule])
     return jnp.clip(jnp.round(blocks * (levels / largest)), -levels, levels), largest / levels
 
 

@@ -1,8 +1,10 @@
 """Any weights, of a network we know or not: plan, convert, pack, reload, verify leaf by leaf."""
 
 import dataclasses
+import functools
 import io
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,17 @@ from rich.console import Console
 from rich.table import Table
 
 from . import checkpoint, report
-from .convert import dequantise, pack, path_name, ternarise
+from .convert import Report, check_finite, kernel_arguments, path_name
 from .convert import report as table_of
 from .errors import BitnetError
-from .half import exact_in_half
-from .leaf import is_quantized
+from .half import exact
+from .leaf import Packed, is_quantized
 from .models.folder import ModelFolder, save_model
-from .policy import Policy
-from .quantize import Scheme
+from .packed import pack_weight, unpack_weight
+from .policy import FLOATS, Policy, place
+from .progress import counter
+from .quantize import LEVELS, Scheme, dequantize, quantize_kernel
+from .quantpack import quantize_packed
 
 Tree = Any
 
@@ -60,12 +65,9 @@ def run(
     Raises:
       BitnetError: for NaN or infinite weights, or if what is reloaded is not what was packed.
     """
-    screen, began = console or Console(quiet=True), time.perf_counter()
+    began = time.perf_counter()
     params = source.params if isinstance(source, ModelFolder) else source
-    with screen.status("converting", spinner="line"):
-        tree = exact_in_half(ternarise(params, policy, scheme), params)
-        errors = _errors(params, tree)
-        tree = jax.block_until_ready(pack(tree))
+    tree, errors = _converted(params, policy, scheme, console)
     converted = time.perf_counter()
     folder = out / "packed"
     if isinstance(source, ModelFolder):
@@ -81,7 +83,7 @@ def run(
         "bytes_on_disk": {"float32": before, "packed": size},
         "ratio_on_disk": before / size,
         "packed_equals_memory": True,
-        "conversion": table_of(params, tree, policy).as_dict(),
+        "conversion": _in_float32(table_of(params, tree, policy)).as_dict(),
         "errors": errors,
         "seconds": {
             "conversion": round(converted - began, 2),
@@ -92,22 +94,48 @@ def run(
     return result
 
 
-def _errors(params: Tree, tree: Tree) -> dict[str, float]:
-    """|W - codes scale|^2 / |W|^2 of every quantised leaf."""
-    names = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
-    leaves = zip(
-        names,
-        jax.tree.leaves(params),
-        jax.tree.leaves(dequantise(tree)),
-        jax.tree.leaves(tree, is_leaf=is_quantized),
-    )
-    return {n: float(_noise(x, y)) for n, x, y, leaf in leaves if is_quantized(leaf)}
+def _in_float32(found: Report) -> Report:
+    """Sizes before as they are in float32, whatever the file has."""
+    sized = lambda x: dataclasses.replace(x, bytes_before=4 * math.prod(x.shape))
+    return Report(tuple(sized(x) for x in found.leaves))
 
 
-@jax.jit
-def _noise(x: jax.Array, y: jax.Array) -> jax.Array:
-    x = x.astype(jnp.float32)
-    return jnp.sum((x - y) ** 2) / jnp.maximum(jnp.sum(x**2), jnp.finfo(jnp.float32).tiny)
+def _converted(
+    params: Tree, policy: Policy, scheme: Scheme, console: Console | None
+) -> tuple[Tree, dict[str, float]]:
+    """The packed tree, and |W - codes scale|^2 / |W|^2 of every quantised leaf.
+
+    Leaf by leaf: beside the float leaves that are given, memory holds the packed ones and what
+    belongs to one leaf, no second float copy.
+    """
+    errors: dict[str, float] = {}
+    with counter(console, "convert", len(jax.tree.leaves(params))) as done:
+
+        def one(path, x):
+            name = path_name(path)
+            check_finite({name: x})
+            format, _ = place(name, x, policy)
+            if format is None or format in FLOATS:
+                leaf = x if format is None else jnp.asarray(x).astype(format)
+            else:
+                leaf, error = _quantised(x, *kernel_arguments(x, name, format, policy, scheme))
+                errors[name] = float(error)
+            done()
+            return leaf
+
+        return jax.tree_util.tree_map_with_path(one, params), errors
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantised(x: jax.Array, scheme: Scheme, inputs: int | None) -> tuple[Packed, jax.Array]:
+    """A packed leaf whose values are exact in float16, and its error."""
+    if scheme.rule in LEVELS:
+        leaf = pack_weight(exact(quantize_kernel(x, scheme, inputs), x))
+    else:
+        leaf = exact(quantize_packed(x, scheme, inputs), x)
+    x = x.astype(jnp.float32).ravel()
+    off = x - dequantize(unpack_weight(leaf)).ravel()
+    return leaf, off @ off / jnp.maximum(x @ x, jnp.finfo(jnp.float32).tiny)
 
 
 def verify(tree: Tree, reloaded: Tree, folder: Path) -> None:

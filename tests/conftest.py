@@ -23,7 +23,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # longest, so they begin first (pytest runs with --no-loadscope-reorder): no core waits at the end.
 _JOBS = (
     "test_phase3_jobs", "test_experiments", "test_compress", "test_phase4", "test_cli",
-    "test_resume", "test_quality_bench", "test_decoder", "test_train", "test_subnorm",
+    "test_resume", "test_quality_bench", "test_bench", "test_decoder", "test_train", "test_subnorm",
     "test_gguf", "test_gguf_llamacpp", "test_onnx",
 )  # fmt: skip
 

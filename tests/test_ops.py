@@ -1,5 +1,6 @@
 """Every op for packed codes equals the int32 product, to the bit."""
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -24,6 +25,8 @@ VARIANTS = native.variants()
 OPS = {
     "xla": ops.xla.packed_product,
     "decode": ops.decode.packed_product,
+    "xla-float8": ops.xla.packed_product_float8,
+    "pallas-tpu": functools.partial(ops.pallas_tpu.packed_product, interpret=True),
     **{
         f"native-{isa}": lambda *args, isa=isa: native.packed_product(*args, isa=isa)
         for isa in VARIANTS
@@ -270,3 +273,21 @@ def test_a_wrong_variant_is_left_out():
             return {b"avx512vnni": 0, b"avx2": -1, b"portable": 1}[name.value]
 
     assert build.trusted(Broken()) == (("portable",), ("avx512vnni",))
+
+
+@pytest.mark.parametrize("op", ["pallas-tpu", "xla-float8"])
+def test_ops_for_tpus_lower_for_one(op):
+    shapes = jax.ShapeDtypeStruct((40, 1030), jnp.int8), jax.ShapeDtypeStruct((258, 300), jnp.uint8)
+    call = jax.jit(lambda x, codes: ops.packed_product(x, codes, 1030, op=op))
+    text = jax.export.export(call, platforms=["tpu"])(*shapes).mlir_module()
+    assert ("tpu_custom_call" if op == "pallas-tpu" else "f8E4M3FN") in text
+
+
+@pytest.mark.parametrize(("kind", "op"), [("TPU7x", "xla-float8"), ("TPU v6 lite", "xla")])
+def test_the_generation_of_a_tpu_decides(kind, op, monkeypatch):
+    class Device:
+        device_kind = kind
+
+    found = ops.choose.__globals__["_tpu_has_no_int8"].__wrapped__
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    assert found() == (op == "xla-float8")

@@ -133,3 +133,14 @@ def test_is_quantized():
     assert is_quantized(leaf) and is_quantized(unpack(leaf))
     assert not is_quantized(leaf.codes) and not is_quantized({"codes": 1, "scale": 1})
     assert isinstance(unpack(leaf), Ternary)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_unpacked_codes_reduced_in_the_same_program(bits):
+    """XLA's CPU backend saturated the conversion of uint8 to int8 there: -1 became 127."""
+    most = {2: 1, 4: 7, 8: 127}[bits]
+    codes = np.random.default_rng(0).integers(-most, most + 1, (64, 32)).astype(np.int8)
+    packed = pack_codes(jnp.asarray(codes), bits)
+    values = jax.jit(lambda b: unpack_codes(b, 64, bits).astype(jnp.float32))
+    for reduce in (jnp.max, jnp.min, jnp.sum, lambda x: x.ravel() @ x.ravel()):
+        assert jax.jit(lambda b: reduce(values(b)))(packed) == reduce(codes.astype(np.float32))  # noqa: B023

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..errors import BitnetError
 from ..output import write_json
+from .bench import Bench
 from .checks import Doctor, Inspect, Sandbox
 from .export import Export
 from .jobs import Compress, Demo
@@ -26,6 +27,7 @@ _COMMANDS = {
     "export": Export,
     "inspect": Inspect,
     "doctor": Doctor,
+    "bench": Bench,
     "sandbox": Sandbox,
 }
 

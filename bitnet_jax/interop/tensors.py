@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 
 from ..errors import BitnetError
-from .mapped import header, read_index
+from .mapped import Mapped, header, read_index
 from .unpickle import load
 
 _TORCH = (".pt", ".pth", ".bin")
@@ -33,7 +33,7 @@ class Tensors:
     ignored: tuple[str, ...] = ()
 
 
-def read(path: Path) -> Tensors:
+def read(path: Path, mapped: bool = False) -> Tensors:
     """Read every tensor of a checkpoint; nothing in it is executed.
 
     | path                                        | read by                                        |
@@ -44,6 +44,8 @@ def read(path: Path) -> Tensors:
 
     Args:
       path: a file or a folder.
+      mapped: leave safetensors on disk: their arrays are read-only views of the file's memory map,
+        and a page is read when it is touched. The file must stay as it is as long as they live.
 
     Raises:
       BitnetError: if the file is missing, damaged, holds no tensor, or holds code.
@@ -53,9 +55,9 @@ def read(path: Path) -> Tensors:
     if not path.is_file():
         raise BitnetError(f"{path}: no such file; give safetensors or PyTorch weights")
     if path.suffix == ".safetensors":
-        found = _safetensors(path)
+        found = _safetensors(path, mapped)
     elif path.name.endswith(".safetensors.index.json"):
-        found = _shards(path)
+        found = _shards(path, mapped)
     elif path.suffix in _TORCH:
         found = from_state_dict(_torch(path), str(path))
     else:
@@ -79,14 +81,18 @@ def inside(folder: Path) -> Path:
     raise BitnetError(f"{folder}: holds no weights (.safetensors, .pt, .pth or .bin)")
 
 
-def _safetensors(path: Path) -> Tensors:
-    header(path)  # refuses what the library below takes: a name that stands twice
+def _safetensors(path: Path, mapped: bool) -> Tensors:
+    entries = header(path)  # refuses what the library below takes: a name that stands twice
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             names, metadata = list(file.keys()), file.metadata() or {}
             kinds = {n: file.get_slice(n).get_dtype() for n in names}
-            known = {n: k for n, k in kinds.items() if not k.startswith(("BF", "F8", "F4"))}
-            arrays = {n: file.get_tensor(n) for n in known}
+            if mapped:
+                known = {n for n, entry in entries.items() if entry.dtype is not None}
+                arrays = {n: np.asarray(Mapped(path, entries).read(n)) for n in known}
+            else:
+                known = {n for n, k in kinds.items() if not k.startswith(("BF", "F8", "F4"))}
+                arrays = {n: file.get_tensor(n) for n in known}
         if len(known) < len(names):  # dtypes numpy has not by itself, JAX reads
             with safetensors.safe_open(path, framework="flax") as file:
                 arrays |= {n: np.asarray(file.get_tensor(n)) for n in names if n not in known}
@@ -97,12 +103,12 @@ def _safetensors(path: Path) -> Tensors:
     return Tensors({n: arrays[n] for n in names}, tied)
 
 
-def _shards(index: Path) -> Tensors:
+def _shards(index: Path, mapped: bool) -> Tensors:
     weight_map = read_index(index)
     arrays: dict[str, np.ndarray] = {}
     tied: dict[str, str] = {}
     for name in sorted(set(weight_map.values())):
-        shard = _safetensors(index.parent / name)
+        shard = _safetensors(index.parent / name, mapped)
         if twice := sorted(arrays.keys() & shard.arrays.keys()):
             raise BitnetError(f"{index}: {twice[0]} is in two shards; the folder is inconsistent")
         arrays |= shard.arrays

@@ -76,6 +76,7 @@ def from_torch(
     heads: int | None = None,
     flatten: Mapping[str, tuple[int, ...]] | None = None,
     dtype: Any = "float32",
+    mapped: bool = False,
 ) -> Imported:
     """PyTorch weights as Flax variables.
 
@@ -106,6 +107,8 @@ def from_torch(
       flatten: for a Linear that reads a flattened picture: pattern of its name to the picture's
         (channels, height, width). torch flattens channels first, Flax last.
       dtype: of the float arrays; None keeps the file's.
+      mapped: leave the weights on disk: numpy views in the file's dtypes, see
+        `bitnet_jax.interop.tensors.read`; for files larger than memory.
 
     Returns:
       `Imported`.
@@ -121,7 +124,7 @@ def from_torch(
     if hasattr(source, "state_dict"):
         source = source.state_dict()
     name = "state dict" if isinstance(source, Mapping) else str(source)
-    tensors = from_state_dict(source) if isinstance(source, Mapping) else read(Path(source))
+    tensors = from_state_dict(source) if isinstance(source, Mapping) else read(Path(source), mapped)
     if not tensors.arrays:
         raise BitnetError(f"{name}: holds no tensor")
     _check(name, tensors)
@@ -132,7 +135,7 @@ def from_torch(
     parts = split_attention(name, tensors, names)
     parts = permute_flattened(name, parts, flatten or {})
     placed = _by_kind(name, parts, heads) if like is None else _by_template(name, parts, like)
-    tree, used = _tree(placed, dtype)
+    tree, used = _tree(placed, dtype, mapped)
     counters = tuple(n for n in tensors.arrays if n.endswith(_COUNTER))
     report = ImportReport(
         used=used,
@@ -258,7 +261,7 @@ def _fit(x: np.ndarray, leaf: str, shape: tuple[int, ...]) -> np.ndarray | None:
     return x if x.shape == shape else None
 
 
-def _tree(placed: Placed, dtype: Any) -> tuple[Tree, dict[str, str]]:
+def _tree(placed: Placed, dtype: Any, mapped: bool) -> tuple[Tree, dict[str, str]]:
     """Nested dicts of arrays, and the path of each tensor of the file."""
     tree: dict = {}
     used: dict[str, list[str]] = {}
@@ -267,6 +270,7 @@ def _tree(placed: Placed, dtype: Any) -> tuple[Tree, dict[str, str]]:
         for key in keys[:-1]:
             node = node.setdefault(key, {})
         x, floating = part.array, jnp.issubdtype(part.array.dtype, jnp.floating)
-        node[keys[-1]] = jnp.asarray(np.ascontiguousarray(x), dtype if floating else None)
+        own = dtype if floating else None
+        node[keys[-1]] = x if mapped else jnp.asarray(np.ascontiguousarray(x), own)
         used.setdefault(part.origin, []).append("/".join(keys[1:]))
     return tree, {origin: ", ".join(paths) for origin, paths in used.items()}

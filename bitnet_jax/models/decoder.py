@@ -45,6 +45,9 @@ class DecoderConfig:
       remat: recompute each block in the backward pass instead of keeping its activations.
       dtype: what activations are computed in, ``"float32"`` or ``"bfloat16"``; parameters, norms,
         scales and logits stay in float32.
+      precision: of products in training: ``"float32"``, or ``"tensorfloat32"`` to let those that
+        are not integer ones round their operands to 11 bits or more where that is faster, as
+        `jax.default_matmul_precision` does on GPUs; see `bitnet_jax.dot_general`.
 
     Raises:
       ValueError: if heads do not divide width, kv_heads do not divide heads, or another value makes
@@ -68,6 +71,7 @@ class DecoderConfig:
     tied: bool = True
     remat: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tensorfloat32"] = "float32"
     head_size: int = 0
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -85,6 +89,8 @@ class DecoderConfig:
             raise ValueError(f"activation {self.activation!r}: expected 'silu' or 'relu2'")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r}: expected 'float32' or 'bfloat16'")
+        if self.precision not in ("float32", "tensorfloat32"):
+            raise ValueError(f"precision {self.precision!r}: expected 'float32' or 'tensorfloat32'")
         if len(self.rope_scaling) not in (0, 4):
             raise ValueError(f"rope_scaling {self.rope_scaling}: expected 4 numbers, or none")
 
@@ -177,7 +183,10 @@ def show(module: nn.Module, **values: jax.Array) -> None:
 
 
 def _dense(c: DecoderConfig, scheme: Scheme | None):
-    return functools.partial(BitDense, use_bias=False, scheme=scheme, dtype=c.dtype)
+    precision = None if c.precision == "float32" else c.precision
+    return functools.partial(
+        BitDense, use_bias=False, scheme=scheme, dtype=c.dtype, precision=precision
+    )
 
 
 def _norm(c: DecoderConfig, name: str) -> nn.RMSNorm:

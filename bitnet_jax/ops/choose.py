@@ -1,4 +1,6 @@
-"""Which op multiplies packed codes: the one place that picks it, by platform and rows.
+"""Which op multiplies: the one place that picks it, by platform and rows.
+
+Packed codes (`choose`):
 
 | platform | rows  | op     | why                                                              |
 |----------|-------|--------|------------------------------------------------------------------|
@@ -6,28 +8,54 @@
 | cpu      | 1, 2  | decode | plain JAX on packed bytes; without a compiler                    |
 | cpu      | 3 ... | xla    | unpacks, then XLA's int8 product; without a compiler             |
 | cuda     | 1-128 | mosaic | int8 tensor cores on packed bytes; one GPU, Hopper or later      |
-| other    | any   | xla    | more rows or several GPUs; TPU                                   |
+| tpu      | any   | xla    | v7: bfloat16 times float8 (xla-float8), for it has no int8 units |
+| other    | any   | xla    | more rows or several GPUs; TPUs before v7                        |
 
-Every op gives the same int32 accumulators, to the bit, so the choice is never seen in a result.
+`pallas-tpu` is never picked: no TPU has run it.
+
+Codes of one byte, which training multiplies by, forward and for both gradients (`choose_dense`):
+
+| platform            | op     | why                                                             |
+|---------------------|--------|-----------------------------------------------------------------|
+| cpu with int8 units | xla    | its int8 product is 8 to 13 times its float32 one               |
+| cpu without         | native | C++, looks sums up; where a compiler is there, for shapes above |
+|                     |        | a few rows; XLA's int8 is no faster than its float32 there      |
+| cpu without, small  | xla    | also without a compiler                                         |
+| other               | xla    | matrix units take int8                                          |
+
+Every op gives the same int32 accumulators, to the bit, so the choice is never seen in a result;
+gradients agree to float rounding.
 `bitnet-jax doctor` prints what this machine has; benchmarks/products.py times the ops.
 """
 
 import functools
+import platform as machine
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax import lax
 
-from . import decode, mosaic, native, xla
+from . import decode, mosaic, native, pallas_tpu, training, xla
 
 OPS = {
     "xla": xla.packed_product,
     "decode": decode.packed_product,
     "native": native.packed_product,
     "mosaic": mosaic.packed_product,
+    "xla-float8": xla.packed_product_float8,
+    "pallas-tpu": pallas_tpu.packed_product,
 }
 # More rows than this unpack once rather than walk over the bytes again for each of them.
 _FEW = 2
 _FEW_ON_GPU = 128
+
+
+@functools.cache
+def _tpu_has_no_int8() -> bool:
+    """Whether this process has TPUs of v7 (Ironwood) or later."""
+    return any(d.device_kind.startswith(("TPU7", "TPU8")) for d in jax.devices())
 
 
 def choose(platform: str, rows: int) -> str:
@@ -42,11 +70,67 @@ def choose(platform: str, rows: int) -> str:
     """
     if platform == "cuda":
         return "mosaic" if rows <= _FEW_ON_GPU and mosaic.available() else "xla"
+    if platform == "tpu" and _tpu_has_no_int8():
+        return "xla-float8"
     if platform != "cpu":
         return "xla"
     if native.variants():
         return "native"
     return "decode" if rows <= _FEW else "xla"
+
+
+# CPU flags of what multiplies int8 faster than float32, as Linux names them.
+_INT8_UNITS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
+# Looking sums up costs 81 additions a table: below these sizes they are not worth it.
+_DENSE = {"rows": 32, "inputs": 64, "outputs": 128}
+
+
+@functools.cache
+def int8_units() -> bool:
+    """Whether this CPU multiplies int8 faster than float32, in XLA's hands, by its flags."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:  # not Linux: Apple's own CPUs have them
+        return machine.machine() == "arm64"
+    return not _INT8_UNITS.isdisjoint(words)
+
+
+def choose_dense(platform: str, rows: int, inputs: int, outputs: int) -> str:
+    """``"native"`` or ``"xla"``, for rows of activations times a matrix of one-byte ternary codes.
+
+    Args:
+      platform: as XLA names it.
+      rows: that meet the matrix in a call.
+      inputs, outputs: the matrix's sizes.
+
+    >>> choose_dense("cuda", 1024, 384, 384)
+    'xla'
+    """
+    small = rows < _DENSE["rows"] or inputs < _DENSE["inputs"] or outputs < _DENSE["outputs"]
+    if platform != "cpu" or small or int8_units():
+        return "xla"
+    return "native" if training.variants() else "xla"
+
+
+def by_platform(
+    pick: Callable[[str], str], forms: Mapping[str, Callable], *operands: Any
+) -> jax.Array:
+    """``forms[pick(platform)](*operands)``, for the platform the program is compiled for.
+
+    Args:
+      pick: platform, ``"cpu"``, ``"cuda"``, ``"tpu"`` or ``"other"``, to a name of ``forms``.
+      forms: what gives the same result in several ways.
+      operands: arrays, or trees of them.
+
+    >>> by_platform(lambda platform: "twice", {"twice": lambda x: 2 * x}, jax.numpy.ones(())).item()
+    2.0
+    """
+    # No program for a GPU is traced where there is none: that takes longer than a small product's.
+    there = {"cpu": True, "cuda": mosaic.available(), "tpu": _tpu_has_no_int8()}
+    other = forms[pick("other")]
+    own = {name: forms[pick(name)] for name, found in there.items() if found}
+    own = {name: form for name, form in own.items() if form is not other}
+    return lax.platform_dependent(*operands, **own, default=other) if own else other(*operands)
 
 
 def packed_product(
@@ -86,10 +170,10 @@ def packed_product(
         if op not in OPS:
             raise ValueError(f"op {op!r}: expected one of {', '.join(OPS)}")
         return OPS[op](x, codes, in_features, index)
-    run = lambda platform: functools.partial(
-        lambda x, codes, name: OPS[name](x, codes, in_features, index),
-        name=choose(platform, x.shape[-2]),
-    )
-    # No program for a GPU is traced where there is none: that takes longer than a small product's.
-    cuda = {"cuda": run("cuda")} if mosaic.available() else {}
-    return lax.platform_dependent(x, codes, cpu=run("cpu"), **cuda, default=run("other"))
+    forms = {
+        name: functools.partial(
+            lambda x, codes, run: run(x, codes, in_features, index), run=OPS[name]
+        )
+        for name in OPS
+    }
+    return by_platform(lambda platform: choose(platform, x.shape[-2]), forms, x, codes)

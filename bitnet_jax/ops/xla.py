@@ -89,3 +89,34 @@ def packed_product(
         raise ValueError(f"x {x.shape} does not have {in_features} features")
     unpacked = unpack_codes(take_layer(codes, index), in_features)
     return jnp.vectorize(integer_product, signature="(m,k),(k,n)->(m,n)")(x, unpacked)
+
+
+# Sums of int8 times -1, 0 or 1 that float32 holds exactly.
+_EXACT = 2**24 // 128
+
+
+def packed_product_float8(
+    x: jax.Array, codes: jax.Array, in_features: int, index: jax.Array | None = None
+) -> jax.Array:
+    """`packed_product` for TPUs without int8 units (v7): bfloat16 times float8, sums in float32.
+
+    int8 is exact in bfloat16, -1, 0 and 1 in float8_e4m3fn, and sums of up to 131,072 inputs in
+    float32, so the result is the same int32 to the bit; more inputs go the int8 way. Arguments and
+    result as there.
+
+    >>> x, codes = jnp.full((1, 3), 2, jnp.int8), jnp.array([[170]], jnp.uint8)
+    >>> packed_product_float8(x, codes, 3).tolist()
+    [[6]]
+    """
+    if in_features > _EXACT:
+        return packed_product(x, codes, in_features, index)
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x {x.shape} does not have {in_features} features")
+    unpacked = unpack_codes(take_layer(codes, index), in_features).astype(jnp.float8_e4m3fn)
+
+    def one(x, codes):
+        dims = (((1,), (0,)), ((), ()))
+        return lax.dot_general(x, codes, dims, preferred_element_type=jnp.float32)
+
+    product = jnp.vectorize(one, signature="(m,k),(k,n)->(m,n)")
+    return product(x.astype(jnp.bfloat16), unpacked).astype(jnp.int32)

@@ -1,0 +1,1 @@
+"""``bitnet-jax bench``: our time, the peers', the machine's own limits, in one run."""

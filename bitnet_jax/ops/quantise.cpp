@@ -1,0 +1,209 @@
+// Float weights to packed ternary codes on the CPU, as XLA FFI ops: one pass for the sums of |w|,
+// one for codes, bytes and the sums of what was kept.
+//
+// Every sum is of one output over its inputs, in their order, as reduce.py takes it, so that both
+// have the same bits. Outputs are neighbours in memory, so the compiler makes vectors of them.
+// Compiled at first use by quantise.py, with the headers of the jaxlib that will load it.
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "tasks.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define FAST __attribute__((target_clones("avx2", "default")))
+#else
+#define FAST
+#endif
+
+constexpr int64_t STRIP = 1024;  // outputs of a task: their sums and cuts stay in the first cache
+
+// out[j] += |w[i, j]| for `rows` rows i that lie n apart.
+FAST static void add(const float* __restrict w, int64_t n, int64_t rows, int64_t columns,
+                     float* __restrict out) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4, w += 4 * n)
+    for (int64_t j = 0; j < columns; j++)
+      out[j] = (((out[j] + std::fabs(w[j])) + std::fabs(w[n + j])) + std::fabs(w[2 * n + j])) +
+               std::fabs(w[3 * n + j]);
+  for (; i < rows; i++, w += n)
+    for (int64_t j = 0; j < columns; j++) out[j] += std::fabs(w[j]);
+}
+
+// Four inputs that share their cuts, to one byte an output; kept and count as `quantise` says.
+FAST static void four(const float* __restrict w, int64_t n, int64_t columns,
+                      const float* __restrict cut, uint8_t* __restrict bytes,
+                      float* __restrict kept, int32_t* __restrict count) {
+  for (int64_t j = 0; j < columns; j++) {
+    const float c = cut[j];
+    int32_t byte = 0, number = 0;
+    float sum = kept[j];
+    for (int q = 0; q < 4; q++) {
+      const float x = w[q * n + j];
+      const int32_t code = int32_t(x >= c) - int32_t(x <= -c);
+      byte |= (code + 1) << 2 * q;
+      number += code != 0;
+      sum += code != 0 ? std::fabs(x) : 0.0f;
+    }
+    bytes[j] = byte;
+    kept[j] = sum;
+    count[j] += number;
+  }
+}
+
+// The same without the sums.
+FAST static void four_codes(const float* __restrict w, int64_t n, int64_t columns,
+                            const float* __restrict cut, uint8_t* __restrict bytes) {
+  for (int64_t j = 0; j < columns; j++) {
+    const float c = cut[j];
+    int32_t byte = 0;
+    for (int q = 0; q < 4; q++) {
+      const float x = w[q * n + j];
+      byte |= (int32_t(x >= c) - int32_t(x <= -c) + 1) << 2 * q;
+    }
+    bytes[j] = byte;
+  }
+}
+
+// One input, into its place in the byte.
+static void one(const float* w, int64_t columns, const float* cut, int q, uint8_t* bytes,
+                float* kept, int32_t* count) {
+  for (int64_t j = 0; j < columns; j++) {
+    const int code = int(w[j] >= cut[j]) - int(w[j] <= -cut[j]);
+    bytes[j] = uint8_t((q ? bytes[j] : 0x55) + code * (1 << 2 * q));
+    if (kept && code) kept[j] += std::fabs(w[j]), count[j]++;
+  }
+}
+
+// code = (w >= cut) - (w <= -cut), with a cut for every group of inputs and output; bytes as
+// packed.py has them; kept and count (or null): sum and number of the |w| whose code is not 0.
+static void quantise(const float* w, int64_t in, int64_t n, int64_t group, int64_t columns,
+                     const float* cut, uint8_t* bytes, float* kept, int32_t* count) {
+  for (int64_t i = 0; i < in; i += 4, bytes += n) {
+    const int64_t g = i / group * n;
+    if (i + 4 <= in && (i + 3) / group == i / group) {
+      if (kept) four(w + i * n, n, columns, cut + g, bytes, kept + g, count + g);
+      else four_codes(w + i * n, n, columns, cut + g, bytes);
+      continue;
+    }
+    for (int q = 0; q < 4 && i + q < in; q++) {
+      const int64_t own = (i + q) / group * n;
+      one(w + (i + q) * n, columns, cut + own, q, bytes, kept ? kept + own : nullptr,
+          kept ? count + own : nullptr);
+    }
+  }
+}
+
+// What build.py asks: there is one variant, the compiler's clones for instruction sets are inside it.
+extern "C" const char* bitnet_variant(int i) { return i ? nullptr : "quantise"; }
+
+// 1 if both passes give, on this CPU, what plain loops give, else 0.
+extern "C" int bitnet_check(const char*) {
+  for (int64_t in : {1, 7, 64})
+    for (int64_t group : {3, 4, 64}) {
+      const int64_t n = 77, groups = (in + group - 1) / group, packed = (in + 3) / 4;
+      std::vector<float> w(in * n), cut(groups * n), sums(groups * n), kept(groups * n);
+      std::vector<uint8_t> bytes(packed * n), codes(packed * n);
+      std::vector<int32_t> count(groups * n);
+      uint32_t random = 1;
+      for (auto& x : w) x = int32_t((random = random * 1664525 + 1013904223) >> 8) / 8388608.0f - 1;
+      for (auto& x : cut) x = 0.3f;
+      w[0] = 0.3f;
+      for (int64_t g = 0; g < groups; g++)
+        add(w.data() + g * group * n, n, std::min(group, in - g * group), n, &sums[g * n]);
+      quantise(w.data(), in, n, group, n, cut.data(), bytes.data(), kept.data(), count.data());
+      quantise(w.data(), in, n, group, n, cut.data(), codes.data(), nullptr, nullptr);
+      for (int64_t j = 0; j < n; j++)
+        for (int64_t g = 0; g < groups; g++) {
+          volatile float all = 0, some = 0;
+          int32_t number = 0;
+          for (int64_t i = g * group; i < std::min(in, (g + 1) * group); i++) {
+            const float size = std::fabs(w[i * n + j]);
+            const int code = size >= 0.3f ? (w[i * n + j] > 0 ? 1 : -1) : 0;
+            all = all + size;
+            if (code) some = some + size, number++;
+            for (auto* found : {&bytes, &codes})
+              if (((*found)[i / 4 * n + j] >> i % 4 * 2 & 3) != code + 1) return 0;
+          }
+          if (all != sums[g * n + j] || some != kept[g * n + j] || number != count[g * n + j])
+            return 0;
+        }
+    }
+  return 1;
+}
+
+// ---- The ops: w (stack, in, n), a group of 0 inputs means all of them ----------------------------
+
+template <class F>
+static void each_strip(ffi::ThreadPool& pool, int64_t stack, int64_t n, F task) {
+  const int64_t strips = (n + STRIP - 1) / STRIP;
+  run(pool, stack * strips, [&](int64_t t) {
+    const int64_t first = t % strips * STRIP;
+    task(t / strips, first, std::min(STRIP, n - first));
+  });
+}
+
+static ffi::Error Sums(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> w,
+                       ffi::Result<ffi::BufferR3<ffi::F32>> sums, int64_t group) {
+  const int64_t stack = w.dimensions()[0], in = w.dimensions()[1], n = w.dimensions()[2];
+  group = group ? group : std::max<int64_t>(in, 1);
+  const int64_t groups = (in + group - 1) / group;
+  if (sums->element_count() != size_t(stack * groups * n))
+    return ffi::Error::InvalidArgument("sums (stack, groups, n) needed");
+  each_strip(pool, stack, n, [&](int64_t s, int64_t first, int64_t columns) {
+    for (int64_t g = 0; g < groups; g++) {
+      float* out = sums->typed_data() + (s * groups + g) * n + first;
+      std::fill(out, out + columns, 0.0f);
+      add(w.typed_data() + (s * in + g * group) * n + first, n, std::min(group, in - g * group),
+          columns, out);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+static ffi::Error Quantise(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> w,
+                           ffi::BufferR3<ffi::F32> cut, ffi::Result<ffi::BufferR3<ffi::U8>> bytes,
+                           ffi::Result<ffi::BufferR3<ffi::F32>> kept,
+                           ffi::Result<ffi::BufferR3<ffi::S32>> count, int64_t group, bool sums) {
+  const int64_t stack = w.dimensions()[0], in = w.dimensions()[1], n = w.dimensions()[2];
+  group = group ? group : std::max<int64_t>(in, 1);
+  const int64_t groups = (in + group - 1) / group, packed = (in + 3) / 4;
+  if (cut.element_count() != size_t(stack * groups * n) ||
+      bytes->element_count() != size_t(stack * packed * n) ||
+      (sums && (kept->element_count() != cut.element_count() ||
+                count->element_count() != cut.element_count())))
+    return ffi::Error::InvalidArgument("the shapes of w, cut, bytes, kept and count do not fit");
+  each_strip(pool, stack, n, [&](int64_t s, int64_t first, int64_t columns) {
+    const int64_t at = s * groups * n + first;
+    for (int64_t g = 0; sums && g < groups; g++) {
+      std::fill_n(kept->typed_data() + at + g * n, columns, 0.0f);
+      std::fill_n(count->typed_data() + at + g * n, columns, 0);
+    }
+    quantise(w.typed_data() + s * in * n + first, in, n, group, columns, cut.typed_data() + at,
+             bytes->typed_data() + s * packed * n + first, sums ? kept->typed_data() + at : nullptr,
+             sums ? count->typed_data() + at : nullptr);
+  });
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_sums, Sums,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR3<ffi::F32>>()
+                                  .Ret<ffi::BufferR3<ffi::F32>>()
+                                  .Attr<int64_t>("group"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_quantise, Quantise,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR3<ffi::F32>>()
+                                  .Arg<ffi::BufferR3<ffi::F32>>()
+                                  .Ret<ffi::BufferR3<ffi::U8>>()
+                                  .Ret<ffi::BufferR3<ffi::F32>>()
+                                  .Ret<ffi::BufferR3<ffi::S32>>()
+                                  .Attr<int64_t>("group")
+                                  .Attr<bool>("sums"));

@@ -1,0 +1,72 @@
+"""Float weights to packed ternary codes in C++: each pass reads the weights once, on all threads.
+
+Sums have the same bits as those of `bitnet_jax.reduce`. Compiled at first use, see
+`bitnet_jax.ops.build`; without a compiler `available` says no, and XLA does it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from . import build
+
+_library = build.opener("quantise.cpp", "tasks.h", targets=("bitnet_sums", "bitnet_quantise"))
+
+
+def status() -> str:
+    """One sentence: the op is there, or why not. Compiles it if that was not done yet."""
+    return _library().status
+
+
+def available() -> bool:
+    """Whether there is such an op here; compiles it if that was not done yet."""
+    return bool(_library().variants)
+
+
+def sums(w: jax.Array, group: int) -> jax.Array:
+    """Sum of |w| over the inputs of a group, in their order.
+
+    Args:
+      w: float32 (stack, in, out).
+      group: inputs that share a sum; 0 for all.
+
+    Returns:
+      float32 (stack, groups, out).
+
+    >>> w = jnp.array([[[1.0], [-2.0], [3.0]]])
+    >>> sums(w, 2).tolist() if available() else [[[3.0], [3.0]]]
+    [[[3.0], [3.0]]]
+    """
+    stack, size, out = w.shape
+    result = jax.ShapeDtypeStruct((stack, -(-size // (group or max(size, 1))), out), jnp.float32)
+    return jax.ffi.ffi_call("bitnet_sums", result, vmap_method="sequential")(w, group=group)
+
+
+def pack(
+    w: jax.Array, cut: jax.Array, group: int, kept: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Codes of a cut, packed: (w >= cut) - (w <= -cut).
+
+    Args:
+      w: float32 (stack, in, out).
+      cut: float32 (stack, groups, out).
+      group: inputs that share a cut; 0 for all.
+      kept: whether the two sums are wanted.
+
+    Returns:
+      bytes uint8 (stack, ceil(in / 4), out) as `bitnet_jax.packed.pack_codes` makes them; sum of
+      the |w| whose code is not 0, float32 like cut, and their number, int32 like cut (both
+      meaningless without ``kept``).
+
+    >>> w, cut = jnp.array([[[0.5], [-2.0], [3.0]]]), jnp.ones((1, 1, 1))
+    >>> [x.item() for x in pack(w, cut, 0, True)] if available() else [97, 5.0, 2]
+    [97, 5.0, 2]
+    """
+    stack, size, out = w.shape
+    results = (
+        jax.ShapeDtypeStruct((stack, -(-size // 4), out), jnp.uint8),
+        jax.ShapeDtypeStruct(cut.shape, jnp.float32),
+        jax.ShapeDtypeStruct(cut.shape, jnp.int32),
+    )
+    call = jax.ffi.ffi_call("bitnet_quantise", results, vmap_method="sequential")
+    codes, total, number = call(w, cut, group=group, sums=kept)
+    return codes, total, number

@@ -1,0 +1,373 @@
+// The kernels of training.cpp, in GCC's vector types, compiled once a variant, inside its namespace.
+//
+// Before this file is included: DOT(sums, a, b) is sums + a * b in int16, added up over the two
+// neighbours under each int32 sum: the only intrinsic of a variant.
+
+typedef int16_t Shorts __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(32)));
+typedef int16_t EightShorts __attribute__((vector_size(16)));
+
+template <class T> struct VectorOf;
+template <> struct VectorOf<int16_t> { typedef Shorts type; };
+template <> struct VectorOf<float> { typedef Floats type; };
+template <class T> using Vector = typename VectorOf<T>::type;
+
+template <class V>
+static inline __attribute__((always_inline)) V load(const void* from) {
+  V value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class V>
+static inline __attribute__((always_inline)) void store(void* to, V value) {
+  memcpy(to, &value, sizeof value);
+}
+
+// Rows and columns of 8 x 8 values of four bytes change places.
+template <class V>
+static inline __attribute__((always_inline)) void transpose(V* v) {
+  V a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = SHUFFLE(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    a[i + 1] = SHUFFLE(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) {
+      b[i + 2 * j] = SHUFFLE(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      b[i + 2 * j + 1] = SHUFFLE(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; i++) {
+    v[i] = SHUFFLE(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    v[i + 4] = SHUFFLE(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// ---- Ternary codes times many rows: sums of four inputs are looked up ----------------------------
+
+// Four ternary codes have 81 values. For ROWS rows of x and four inputs all 81 sums are computed
+// once, an addition each, and serve every output: one addition stands for four products, in int16
+// and in float alike. An entry is 64 bytes of either, so the indices are offsets, times 64.
+constexpr int ENTRY = 64;
+constexpr int FOURS = 4;  // fours of inputs at once: their tables, 20 KB, fit the L1 cache
+constexpr int STEP = 32;  // inputs taken from x at once
+template <class T> constexpr int ROWS = ENTRY / sizeof(T);
+template <class T> using Row = T[ENTRY / sizeof(T)];
+
+template <class T>
+static void fill_table(const Row<T>* x, Row<T>* table) {
+  typedef Vector<T> V;
+  constexpr int LANES = 32 / sizeof(T);
+  for (int part = 0; part < ROWS<T>; part += LANES) {
+    V times[4][3], first[9], last[9];  // an input times -1, 0 and 1; pairs of them
+    for (int j = 0; j < 4; j++) {
+      times[j][2] = load<V>(x[j] + part);
+      times[j][1] = V{}, times[j][0] = -times[j][2];
+    }
+    for (int i = 0; i < 9; i++) {
+      first[i] = times[0][i % 3] + times[1][i / 3];
+      last[i] = times[2][i % 3] + times[3][i / 3];
+    }
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; i++)
+#pragma GCC unroll 9
+      for (int j = 0; j < 9; j++) store(table[9 * i + j] + part, last[i] + first[j]);
+  }
+}
+
+// sums[c] (+)= the sums that output c's codes choose, over FOURS tables.
+template <class T, bool FIRST>
+static void look_up(const Row<T>* tables, const uint16_t* index, int64_t stride, int64_t columns,
+                    Row<T>* sums) {
+  typedef Vector<T> V;
+  constexpr int LANES = 32 / sizeof(T);
+  for (int64_t c = 0; c < columns; c++) {
+    V low = FIRST ? V{} : load<V>(sums[c]), high = FIRST ? V{} : load<V>(sums[c] + LANES);
+#pragma GCC unroll 4
+    for (int t = 0; t < FOURS; t++) {
+      const char* entry = (const char*)(tables + 81 * t) + index[t * stride + c];
+      low += load<V>(entry);
+      high += load<V>(entry + 32);
+    }
+    store(sums[c], low);
+    store(sums[c] + LANES, high);
+  }
+}
+
+// STEP inputs of ROWS rows, a row `stride` values apart, to inputs[i][row].
+static void take(const float* x, int64_t stride, Row<float>* inputs) {
+  for (int i = 0; i < STEP; i += 8)
+    for (int r = 0; r < ROWS<float>; r += 8) {
+      Floats v[8];
+      for (int j = 0; j < 8; j++) v[j] = load<Floats>(x + (r + j) * stride + i);
+      transpose(v);
+      for (int j = 0; j < 8; j++) store(inputs[i + j] + r, v[j]);
+    }
+}
+
+static void take(const int8_t* x, int64_t stride, Row<int16_t>* inputs) {
+  for (int r = 0; r < ROWS<int16_t>; r += 8) {
+    Ints v[8];
+    for (int j = 0; j < 8; j++) v[j] = load<Ints>(x + (r + j) * stride);
+    transpose(v);  // now v[p] holds inputs 4p .. 4p+3 of eight rows
+    for (int p = 0; p < 8; p++)
+      for (int j = 0; j < 4; j++)
+        store(inputs[4 * p + j] + r,
+              __builtin_convertvector((v[p] << (24 - 8 * j)) >> 24, EightShorts));
+  }
+}
+
+static void add(const Row<int16_t>* sums, int64_t columns, int32_t (*wide)[32]) {
+  for (int64_t c = 0; c < columns; c++)
+    for (int r = 0; r < 32; r++) wide[c][r] += sums[c][r];
+}
+
+// sums[c][row] of four bytes each to out[row][c].
+template <class V, class T, int N>
+static void put(const T (*sums)[N], int64_t rows, int64_t columns, T* out, int64_t n) {
+  for (int64_t c = 0; c < columns; c += 8)
+    for (int64_t r = 0; r < rows; r += 8) {
+      V v[8] = {};
+      for (int j = 0; j < std::min<int64_t>(8, columns - c); j++) v[j] = load<V>(sums[c + j] + r);
+      transpose(v);
+      for (int j = 0; j < std::min<int64_t>(8, rows - r); j++) {
+        T* to = out + (r + j) * n + c;
+        if (columns - c >= 8) store(to, v[j]);
+        else memcpy(to, &v[j], sizeof(T) * (columns - c));
+      }
+    }
+}
+
+template <class X, class T>
+struct Tables {
+  alignas(64) X edge[ROWS<T>][STEP];
+  alignas(64) Row<T> inputs[STEP];
+  alignas(64) Row<T> tables[FOURS * 81];
+};
+
+// One step of up to ROWS rows: STEP inputs from x + k0 on, FOURS tables at a time.
+template <class X, class T, class Each>
+static void step(const X* x, int64_t rows, int64_t k, int64_t k0, Tables<X, T>& room, Each each) {
+  if (rows >= ROWS<T> && k - k0 >= STEP) {
+    take(x + k0, k, room.inputs);
+  } else {
+    memset(room.edge, 0, sizeof room.edge);
+    for (int64_t r = 0; r < std::min<int64_t>(rows, ROWS<T>); r++)
+      memcpy(room.edge[r], x + r * k + k0, sizeof(X) * std::min<int64_t>(STEP, k - k0));
+    take(&room.edge[0][0], STEP, room.inputs);
+  }
+  for (int i = 0; i < STEP && k0 + i < k; i += 4 * FOURS) {
+    for (int t = 0; t < FOURS; t++)
+      fill_table<T>(room.inputs + i + 4 * t, room.tables + 81 * t);
+    each((k0 + i) / 4);
+  }
+}
+
+// out (rows, columns) = x (rows, k) times the codes that index (fours, stride) stands for; rows are
+// at most ROWS, and out lies in a matrix n wide.
+static void product(const float* x, int64_t rows, int64_t k, const uint16_t* index, int64_t stride,
+                    int64_t columns, float* out, int64_t n) {
+  static thread_local Tables<float, float> room;
+  static thread_local std::vector<float> memory;
+  memory.resize(columns * ROWS<float>);
+  auto sums = (Row<float>*)memory.data();
+  for (int64_t k0 = 0; k0 < k; k0 += STEP)
+    step<float, float>(x, rows, k, k0, room, [&](int64_t p) {
+      (p ? look_up<float, false> : look_up<float, true>)(room.tables, index + p * stride, stride,
+                                                         columns, sums);
+    });
+  put<Floats, float, ROWS<float>>(sums, rows, columns, out, n);
+}
+
+static void product(const int8_t* x, int64_t rows, int64_t k, const uint16_t* index, int64_t stride,
+                    int64_t columns, int32_t* out, int64_t n) {
+  // A looked up sum is at most 4 * 128: after 60 of them int16 is nearly full.
+  constexpr int64_t OFTEN = 60;
+  static thread_local Tables<int8_t, int16_t> room;
+  static thread_local std::vector<int16_t> memory;
+  static thread_local std::vector<int32_t> wide_memory;
+  memory.resize(columns * ROWS<int16_t>);
+  wide_memory.assign(columns * ROWS<int16_t>, 0);
+  auto sums = (Row<int16_t>*)memory.data();
+  auto wide = (int32_t (*)[32])wide_memory.data();
+  int64_t since = 0;
+  for (int64_t k0 = 0; k0 < k; k0 += STEP)
+    step<int8_t, int16_t>(x, rows, k, k0, room, [&](int64_t p) {
+      (since ? look_up<int16_t, false> : look_up<int16_t, true>)(
+          room.tables, index + p * stride, stride, columns, sums);
+      since += FOURS;
+      if (since == OFTEN) add(sums, columns, wide), since = 0;
+    });
+  if (since) add(sums, columns, wide);
+  put<Ints, int32_t, 32>(wide, rows, columns, out, n);
+}
+
+// ---- Grad-weight: int8 codes of the activations times gradients in 16 bits -----------------------
+
+constexpr int TALL = 6, WIDE = 16;  // a tile of the result that stays in registers
+// Tokens that share a scale: 512 products of -128 and 32767 fit int32, just.
+constexpr int TOKENS = 512;
+constexpr int PAIRS = TOKENS / 2;
+
+// codes (tokens, k) to words[panel of TALL inputs][pair of tokens][input]; odd ends read as zeros.
+static void pair_codes(const int8_t* codes, int64_t tokens, int64_t k, int64_t from, int64_t to,
+                       int32_t* words) {
+  const int64_t pairs = (tokens + 1) / 2;
+  for (int64_t p = from; p < to; p++) {
+    const int8_t* even = codes + 2 * p * k;
+    const int8_t* odd = even + k;
+    const bool both = 2 * p + 1 < tokens;
+    for (int64_t i = 0; i < k; i += TALL) {
+      int32_t* word = words + (i / TALL * pairs + p) * TALL;
+      for (int64_t j = 0; j < TALL; j++) {
+        const bool there = i + j < k;
+        uint32_t a = there ? uint16_t(int16_t(even[i + j])) : 0;
+        uint32_t b = there && both ? uint16_t(int16_t(odd[i + j])) : 0;
+        word[j] = int32_t(a | b << 16);
+      }
+    }
+  }
+}
+
+// Of up to TOKENS tokens, WIDE columns of g times each token's scale, in 16 bits and in pairs.
+// scale gets what a unit is worth in each column: NaN where a gradient is not finite.
+static void pair_gradients(const float* g, const float* scales, int64_t tokens, int64_t n,
+                           int64_t columns, Floats (*room)[2], Ints (*words)[2], Floats* scale) {
+  Floats most[2] = {}, wrong[2] = {};
+  for (int64_t t = 0; t < tokens; t++) {
+    float edge[WIDE] = {};
+    const float* from = g + t * n;
+    if (columns < WIDE) memcpy(edge, from, columns * sizeof *edge), from = edge;
+    for (int j = 0; j < 2; j++) {
+      Floats value = load<Floats>(from + 8 * j) * scales[t];
+      Floats size = (Floats)((Ints)value & 0x7fffffff);
+      most[j] = size > most[j] ? size : most[j];
+      wrong[j] += value * 0.0f;
+      room[t][j] = value;
+    }
+  }
+  if (tokens % 2) room[tokens][0] = room[tokens][1] = Floats{};
+  const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2 ** 23: its last bits are the rounded sum
+  for (int j = 0; j < 2; j++) {
+    scale[j] = most[j] / 32767.0f;
+    Floats inverse = scale[j] > 1e-38f ? 1.0f / scale[j] : Floats{};
+    scale[j] += wrong[j];
+    for (int64_t p = 0; p < (tokens + 1) / 2; p++) {
+      Ints even = (Ints)(room[2 * p][j] * inverse + magic);
+      Ints odd = (Ints)(room[2 * p + 1][j] * inverse + magic);
+      words[p][j] = (even & 0xffff) | odd << 16;
+    }
+  }
+}
+
+static inline __attribute__((always_inline)) void tile(const int32_t* codes, const Ints (*g)[2],
+                                                       int64_t pairs, Ints (*sums)[2]) {
+  Ints sum[TALL][2] = {};
+  for (int64_t p = 0; p < pairs; p++, codes += TALL) {
+    const Ints left = g[p][0], right = g[p][1];
+#pragma GCC unroll 6
+    for (int i = 0; i < TALL; i++) {
+      const Ints code = Ints{} + codes[i];
+      sum[i][0] = DOT(sum[i][0], code, left);
+      sum[i][1] = DOT(sum[i][1], code, right);
+    }
+  }
+  for (int i = 0; i < TALL; i++) sums[i][0] = sum[i][0], sums[i][1] = sum[i][1];
+}
+
+// out (k, columns) of a matrix n wide: all inputs of up to WIDE columns of the grad-weight.
+static void grad_weight(const int32_t* words, const float* scales, const float* g, int64_t tokens,
+                        int64_t k, int64_t n, int64_t columns, float* out) {
+  static thread_local Floats room[TOKENS + 1][2];
+  static thread_local Ints gradients[PAIRS][2];
+  const int64_t all = (tokens + 1) / 2;
+  for (int64_t t = 0; t < tokens; t += TOKENS) {
+    const int64_t now = std::min<int64_t>(TOKENS, tokens - t);
+    Floats scale[2];
+    pair_gradients(g + t * n, scales + t, now, n, columns, room, gradients, scale);
+    for (int64_t i = 0; i < k; i += TALL) {
+      Ints sums[TALL][2];
+      tile(words + (i / TALL * all + t / 2) * TALL, gradients, (now + 1) / 2, sums);
+      for (int64_t j = 0; j < std::min<int64_t>(TALL, k - i); j++) {
+        float* to = out + (i + j) * n;
+        float values[WIDE] = {};
+        if (t) memcpy(values, to, columns * sizeof *values);
+        for (int h = 0; h < 2; h++)
+          store(values + 8 * h, load<Floats>(values + 8 * h) +
+                                    __builtin_convertvector(sums[j][h], Floats) * scale[h]);
+        if (columns == WIDE) store(to, load<Floats>(values)), store(to + 8, load<Floats>(values + 8));
+        else memcpy(to, values, columns * sizeof *values);
+      }
+    }
+  }
+}
+
+// ---- Two float matrices --------------------------------------------------------------------------
+
+// Elements (i .. i+N, k .. k+depth) to to[k][N], zeros past `count`.
+template <int N>
+static void line_up(Side side, int64_t count, int64_t depth, float* to) {
+  if (side.step == 1 && count >= N) {
+    for (int64_t k = 0; k < depth; k++)
+      for (int i = 0; i < N; i++) to[k * N + i] = side.data[k * side.deep + i];
+    return;
+  }
+  int64_t done = 0;
+  if (N % 8 == 0 && side.deep == 1 && count >= N)
+    for (; done + 8 <= depth; done += 8)
+      for (int i = 0; i < N; i += 8) {
+        Floats v[8];
+        for (int j = 0; j < 8; j++) v[j] = load<Floats>(side.data + (i + j) * side.step + done);
+        transpose(v);
+        for (int j = 0; j < 8; j++) store(to + (done + j) * N + i, v[j]);
+      }
+  for (int i = 0; i < N; i++)
+    for (int64_t k = done; k < depth; k++)
+      to[k * N + i] = i < count ? side.data[i * side.step + k * side.deep] : 0;
+}
+
+static void line_up_columns(Side b, int64_t count, int64_t depth, float* to) {
+  line_up<WIDE>(b, count, depth, to);
+}
+
+// out (rows, columns) (+)= A's rows times columns lined up; out lies in a matrix n wide.
+static void float_block(Side a, int64_t rows, const float* columns, int64_t count, int64_t depth,
+                        bool add, float* out, int64_t n) {
+  static thread_local std::vector<float> memory;
+  memory.resize(TALL * depth);
+  float* panel = memory.data();
+  for (int64_t i = 0; i < rows; i += TALL) {
+    const int64_t high = std::min<int64_t>(TALL, rows - i);
+    line_up<TALL>(a.at(i, 0), high, depth, panel);
+    for (int64_t c = 0; c < count; c += WIDE) {
+      const float* b = columns + c * depth;
+      Floats sum[TALL][2] = {};
+      for (int64_t k = 0; k < depth; k++) {
+        // Not 0 + x: that is another addition, because it turns -0 into 0.
+        const Floats left = load<Floats>(b + k * WIDE), right = load<Floats>(b + k * WIDE + 8);
+#pragma GCC unroll 6
+        for (int j = 0; j < TALL; j++) {
+          const Floats x = panel[k * TALL + j] - Floats{};
+          sum[j][0] = FMA(x, left, sum[j][0]);
+          sum[j][1] = FMA(x, right, sum[j][1]);
+        }
+      }
+      const int64_t across = std::min<int64_t>(WIDE, count - c);
+      for (int64_t j = 0; j < high; j++) {
+        float* to = out + (i + j) * n + c;
+        if (across == WIDE) {
+          store(to, add ? load<Floats>(to) + sum[j][0] : sum[j][0]);
+          store(to + 8, add ? load<Floats>(to + 8) + sum[j][1] : sum[j][1]);
+        } else {
+          float values[WIDE];
+          store(values, sum[j][0]), store(values + 8, sum[j][1]);
+          for (int64_t h = 0; h < across; h++) to[h] = values[h] + (add ? to[h] : 0);
+        }
+      }
+    }
+  }
+}
+
+#undef DOT
+#undef FMA

@@ -1,0 +1,103 @@
+"""Quantising and packing in one go: the same bits as one after the other, by every way there is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from bitnet_jax import Scheme
+from bitnet_jax.ops import quantise
+from bitnet_jax.packed import pack_weight
+from bitnet_jax.quantize import codes_by_cut, cut_of, quantize_kernel
+from bitnet_jax.quantpack import quantize_packed
+from bitnet_jax.reduce import LARGE, over, over_outputs
+
+from .battery import normal
+
+needs_native = pytest.mark.skipif(not quantise.available(), reason=quantise.status())
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        assert_array_equal(x, y)
+
+
+@needs_native
+@pytest.mark.parametrize("rule", ["absmean", "threshold", "twn"])
+@pytest.mark.parametrize(
+    ("shape", "scale", "inputs", "dtype"),
+    [
+        ((301, 222), "tensor", None, "float32"),
+        ((1027, 130), "channel", None, "float32"),
+        ((514, 130), 64, None, "bfloat16"),
+        ((301, 222), 7, None, "float32"),  # groups share bytes
+        ((2, 301, 112), 50, None, "float32"),
+        ((1001, 2, 64), "channel", 1, "float32"),
+    ],
+)
+def test_the_native_op_has_the_bits_of_xla(rule, shape, scale, inputs, dtype):
+    w, scheme = normal(0, *shape).astype(dtype), Scheme(rule, scale)
+    assert w.size >= LARGE
+    plain = jax.jit(lambda w: pack_weight(quantize_kernel(w, scheme, inputs)))(w)
+    same(jax.jit(lambda w: quantize_packed(w, scheme, inputs))(w), plain)
+
+
+@needs_native
+def test_under_vmap():
+    w, scheme = normal(1, 2, 300, 222), Scheme("twn", "channel")
+    same(
+        jax.jit(jax.vmap(lambda w: quantize_packed(w, scheme)))(w),
+        jax.jit(jax.vmap(lambda w: pack_weight(quantize_kernel(w, scheme))))(w),
+    )
+
+
+@pytest.mark.parametrize("scheme", [Scheme("sherry"), Scheme("int8", "row"), Scheme("twn")])
+def test_what_the_native_op_is_not_for(scheme):
+    w = normal(2, 12, 5)
+    same(quantize_packed(w, scheme), pack_weight(quantize_kernel(w, scheme)))
+
+
+@given(st.floats(2**-16, 2**16, width=32), st.integers(-3, 3))
+def test_the_cut_is_where_rounding_turns(mean, steps):
+    mean = np.float32(mean)
+    w = np.float32(0.5) * mean
+    for _ in range(abs(steps)):
+        w = np.nextafter(w, np.float32(np.sign(steps) * np.inf))
+    w = np.array([w, -w, 3 * w, 0], np.float32)
+    rounded = np.clip(np.round(w / mean), -1, 1)
+    with jax.disable_jit():
+        cut = cut_of(jnp.asarray(mean), Scheme())
+    assert_array_equal(codes_by_cut(w, np.asarray(cut)), rounded)
+
+
+@pytest.mark.parametrize("shape", [(1, 1000, 70), (3, 50, 500)])
+def test_sums_are_taken_in_the_order_of_the_inputs(shape):
+    w = np.abs(np.asarray(normal(3, *shape)))
+    (found,) = jax.jit(lambda w: over(lambda x: (x,), jnp.add, w, (-2,)))(w)
+    assert_array_equal(found, np.add.accumulate(w, axis=-2)[..., -1:, :])
+    (most,) = jax.jit(lambda w: over(lambda x: (x,), jnp.maximum, w, (-2, -1)))(w)
+    assert_array_equal(most, w.max((-2, -1), keepdims=True))
+    if quantise.available():
+        flat = w.reshape(1, -1, shape[-1])
+        assert_array_equal(jax.jit(quantise.sums, static_argnums=1)(flat, shape[1])[0], found[:, 0])
+
+
+def test_outputs_are_added_half_by_half():
+    x = np.asarray(normal(4, 1, 13))
+    y = x
+    while y.size > 1:
+        h = y.shape[1] // 2
+        y = np.concatenate([y[:, :h] + y[:, h : 2 * h], y[:, 2 * h :]], 1)
+    assert_array_equal(over_outputs(jnp.add, x), y)
+
+
+def test_without_the_op_xla_does_it(monkeypatch):
+    w, scheme = normal(5, 300, 230), Scheme("twn", "channel")
+    before = quantize_packed(w, scheme)
+    monkeypatch.setattr(quantise, "available", lambda: False)
+    same(quantize_packed(w, scheme), before)
