@@ -116,7 +116,8 @@ def _converted(
             check_finite({name: x})
             format, _ = place(name, x, policy)
             if format is None or format in FLOATS:
-                leaf = x if format is None else jnp.asarray(x).astype(format)
+                kept = jnp.asarray(x)  # as JAX holds it: int64 is int32 there
+                leaf = kept if format is None else kept.astype(format)
             else:
                 leaf, error = _quantised(x, *kernel_arguments(x, name, format, policy, scheme))
                 errors[name] = float(error)
