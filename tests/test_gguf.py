@@ -30,6 +30,7 @@ from bitnet_jax.models.decoder import DecoderConfig, rotary
 from bitnet_jax.models.folder import ModelFolder
 from bitnet_jax.packed import pack_weight, unpack_weight
 from bitnet_jax.train.data import END
+from bitnet_jax.train.text import byte_tokenizer
 
 SMALL = DecoderConfig(vocab_size=40, width=64, layers=1, heads=2, kv_heads=1, hidden=96)
 
@@ -472,6 +473,14 @@ def test_tokenizers_come_back(name):
     end = json.loads(files["generation_config.json"])["eos_token_id"]
     assert made.id_to_token(end) == ("</s>" if name == "default" else END)
     assert back.get_vocab_size() == made.get_vocab_size()
+
+
+def test_a_tokenizer_of_bytes_comes_back():
+    """llama.cpp wants a merge; it is given one that is not ours."""
+    made = byte_tokenizer()
+    back, _ = read(write(made, 256, {})[0])
+    assert back.encode(TEXT + "ÿé").ids == made.encode(TEXT + "ÿé").ids
+    assert back.get_vocab() == made.get_vocab()
 
 
 def test_tokenizers_that_llama_cpp_has_no_name_for_are_refused(tmp_path):

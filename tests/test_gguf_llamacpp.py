@@ -21,6 +21,7 @@ from bitnet_jax.leaf import is_quantized
 from bitnet_jax.models.decoder import DecoderConfig
 from bitnet_jax.models.folder import ModelFolder
 from bitnet_jax.packed import unpack_weight
+from bitnet_jax.train.text import byte_tokenizer
 from tests.test_gguf import TEXT, TOKENIZERS, tokenizer, variables
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="has wheels for Linux on x86-64 only")
@@ -152,15 +153,15 @@ def test_a_float_model_has_the_same_logits_in_llama_cpp(tmp_path, scaled):
     np.testing.assert_allclose(theirs, ours, atol=4e-3)  # it takes activations to float16 too
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", [*TOKENIZERS, "bytes"])
 def test_llama_cpp_splits_text_as_our_tokenizer(tmp_path, name):
     config = DecoderConfig(**{**NARROW, "vocab_size": 400})
-    made = TOKENIZERS[name]()
+    made = TOKENIZERS.get(name, byte_tokenizer)()
     folder = random_model(config, None)
     folder = ModelFolder(config, None, folder.params, made)
     gguf.save(folder, tmp_path / "m.gguf")
     llama = Llama(tmp_path / "m.gguf")
-    for text in (TEXT, "the mat 12345 sat", " a  b   c\t\n\n\nd"):
+    for text in (TEXT, "the mat 12345 sat", " a  b   c\t\n\n\nd", "ÿé"):
         found = llama.ask("/tokenize", content=text, add_special=True)["tokens"]
         assert found == made.encode(text).ids
 

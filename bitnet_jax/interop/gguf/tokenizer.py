@@ -39,6 +39,8 @@ CONFIG, TEMPLATE, GENERATION = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# llama.cpp refuses a tokenizer without merges, as one of bytes is: byte 255, which no UTF-8 has.
+_NEVER = "ÿ ÿ"
 
 
 def write(
@@ -78,7 +80,7 @@ def write(
     if model.get("byte_fallback"):
         fields |= _sentencepiece(spec, words, kinds, merges)
     else:
-        fields |= {"model": "gpt2", "pre": _split_name(spec), "merges": merges}
+        fields |= {"model": "gpt2", "pre": _split_name(spec), "merges": merges or [_NEVER]}
     extra = _json(files.get(CONFIG, b""))
     one = tokenizer.encode("a")
     fields["add_bos_token"] = one.special_tokens_mask[:1] == [1]
@@ -225,7 +227,7 @@ def _byte_level(vocabulary: dict[str, int], merges: list[str], pre: str) -> toke
         raise BitnetError(
             f"its tokenizer: splits text as {pre!r}; expected one of {', '.join(_SPLITS)}"
         )
-    pairs = [(a, b) for a, b in (merge.split(" ", 1) for merge in merges)]
+    pairs = [(a, b) for a, b in (m.split(" ", 1) for m in merges if m != _NEVER)]
     # Llama 3 takes a word that is a token as it is, without looking for merges that make it.
     tokenizer = tokenizers.Tokenizer(
         models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe")
