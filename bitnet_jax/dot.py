@@ -146,6 +146,8 @@ def _scaled(
     return (sums * _rows_like(weight.scale, rows)).sum(batch_dims)
 
 
+# The layers of a network have few shapes: jit traces and lowers a product once for each of them.
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _rescaled(codes, scale, weight, batch_dims, dtype, op):
     """`_scaled` times the activations' scale, in dtype; one kernel for many rows on Hopper."""
     plain = lambda *a: (_scaled(a[0], a[2], batch_dims, op) * a[1]).astype(dtype)
@@ -187,6 +189,7 @@ def _product_bwd(batch_dims, dtype, precision, op, residuals, g):
     return dx, _grad_weight(codes, scale, g, batch_dims, dtype, precision, op), None
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _grad_input(g, weight, batch_dims, dtype, precision, op):
     """g (*batch, *rows, out) @ q(w).T, float32 (*batch, *rows, in)."""
     batch = tuple(range(batch_dims))
@@ -210,6 +213,7 @@ def _grad_input(g, weight, batch_dims, dtype, precision, op):
     return by_platform(pick, {"native": native, "xla": by_xla}, g, weight)
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _grad_weight(codes, scale, g, batch_dims, dtype, precision, op):
     """q(x).T @ g, float32 (*batch, in, out)."""
     batch, rows = tuple(range(batch_dims)), tuple(range(batch_dims, g.ndim - 1))

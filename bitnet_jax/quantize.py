@@ -5,6 +5,7 @@ computing them in bfloat16 flips 0.2 % of the codes.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -102,6 +103,7 @@ def ungrouped(blocks: jax.Array, size: int) -> jax.Array:
     return blocks.reshape(*lead, groups * group, out)[..., :size, :]
 
 
+@functools.partial(jax.jit, static_argnames="scheme")
 def quantize_weights(w: jax.Array, scheme: Scheme = Scheme()) -> Quantized:
     """Latent weights to a quantised weight: ternary, or int8 or int4 by the rules of that name.
 
