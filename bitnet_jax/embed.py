@@ -63,11 +63,17 @@ def attend(query: jax.Array, table: Quantized | Packed, dtype: Any = None) -> ja
       (..., rows). Differentiable in the query, as if nothing were rounded.
     """
     dtype = dtype or jnp.result_type(query.dtype, table.dtype)
-    if isinstance(table, Int8 | PackedInt8) and table.group == 1 and table.scale.shape[-1] == 1:
+    if in_integers(table):
         rows = query.reshape(-1, query.shape[-1])
         out = jnp.asarray(_integer_logits(rows, table))
         return out.reshape(*query.shape[:-1], -1).astype(dtype)
     return jnp.dot(query.astype(dtype), _values(table).astype(dtype).T)
+
+
+def in_integers(table: Quantized | Packed) -> bool:
+    """Whether `attend` rounds its queries to int8: for 8-bit tables with a scale a row."""
+    is_int8 = isinstance(table, Int8 | PackedInt8)
+    return is_int8 and table.group == 1 and table.scale.shape[-1] == 1
 
 
 def _values(table: Quantized | Packed) -> jax.Array:

@@ -206,7 +206,8 @@ def generate(
     key = jax.random.key(0) if key is None else key
     padded, at = _padded(prompt, lengths)
     ends = jnp.asarray(-1 if stop is None else stop, jnp.int32)
-    new = _continued(model, params, padded, at, steps, key, how, ends).astype(prompt.dtype)
+    new = _continued(model, params, padded, at, steps, key, how, ends)
+    new = new.astype(jnp.asarray(prompt).dtype)  # int32 where NumPy says int64
     if lengths is None:
         return jnp.concatenate([prompt, new], axis=1)
     own = jnp.arange(prompt.shape[1]) < at[:, None]

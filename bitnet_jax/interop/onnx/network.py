@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from ...embed import in_integers
 from ...errors import BitnetError
 from ...leaf import Packed, Quantized
 from ...models.decoder import DecoderConfig, frequencies
@@ -15,7 +16,7 @@ from ...packed import unpack_weight
 from ...progress import counter
 from ...quantize import Scheme, quantize_weights
 from .graph import Graph, onnx
-from .products import PRODUCTS, blocks_of, values
+from .products import PRODUCTS, blocks_of, rounded, values
 
 _FLOAT = onnx.TensorProto.FLOAT
 _BITS = {"2bit": 2, "4bit": 4}  # of a ternary code, in the forms of MatMulNBits
@@ -116,6 +117,8 @@ class Network:
             return self.dense(x, "head", None)
         g, path, leaf = self.graph, "embed/embedding", self.table()
         rows = self.floats(path) if leaf is None else values(g, path, leaf)
+        if leaf is not None and in_integers(leaf):
+            x = g.op("Mul", *rounded(g, x))
         return g.op("MatMul", x, g.op("Transpose", rows, perm=[1, 0]))
 
     def norm(self, x: str, path: str) -> str:
