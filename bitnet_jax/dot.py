@@ -227,16 +227,11 @@ def _grad_weight(codes, scale, g, batch_dims, dtype, precision, op):
         codes, scale, g = (_flat(a, batch_dims) for a in (codes, scale, g))
         return training.grad_weight(codes, scale[..., 0], g.astype(jnp.float32))
 
-    def in_float32(codes, scale, g):
-        qx = _flat(codes * scale, 0)
-        return training.float_product(qx, _flat(g, 0).astype(jnp.float32), left_transposed=True)
-
-    native = in_16_bits if _reduced(precision) else in_float32
-    if native is in_float32 and (batch_dims or dtype != jnp.float32):
+    if not _reduced(precision):
         return by_xla(codes, scale, g)
     count = math.prod(g.shape[i] for i in rows)
     pick = _pick(op, count, codes.shape[-1], g.shape[-1])
-    return by_platform(pick, {"native": native, "xla": by_xla}, codes, scale, g)
+    return by_platform(pick, {"native": in_16_bits, "xla": by_xla}, codes, scale, g)
 
 
 def _reduced(precision: Any) -> bool:

@@ -1,14 +1,12 @@
 """Embedding tables of codes and scale: rows looked up, and the same table as an output head."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .leaf import Int8, Packed, PackedInt8, Quantized
-from .ops import by_platform, choose_dense, int8_product, training
+from .ops import int8_product
 from .packed import pack_codes, unpack_codes, unpack_weight
 from .quantize import dequantize, quantize_activations
 
@@ -98,47 +96,3 @@ def _integer_logits_bwd(residuals, g):
 
 
 _integer_logits.defvjp(_integer_logits_fwd, _integer_logits_bwd)
-
-
-def logits(query: jax.Array, table: jax.Array) -> jax.Array:
-    """query @ table.T of a float table, by the op that suits where it runs.
-
-    Args:
-      query: (..., features).
-      table: (rows, features), of the same dtype.
-
-    Returns:
-      (..., rows). Where the C++ op is chosen, differentiable in reverse only.
-
-    >>> logits(jnp.ones((1, 2)), jnp.ones((3, 2))).tolist()
-    [[2.0, 2.0, 2.0]]
-    """
-    count, (outputs, inputs) = math.prod(query.shape[:-1]), table.shape
-    native = choose_dense("cpu", count, inputs, outputs) == "native"
-    if not native or table.ndim != 2 or query.dtype != jnp.float32 or table.dtype != jnp.float32:
-        return jnp.dot(query, table.T)
-    return _logits(query.reshape(count, inputs), table).reshape(*query.shape[:-1], outputs)
-
-
-def _product(a: jax.Array, b: jax.Array, left: int, right: int) -> jax.Array:
-    """a and b contracted over an axis of each, float32."""
-    forms = {
-        "native": lambda a, b: training.float_product(
-            a, b, left_transposed=left == 0, right_transposed=right == 1
-        ),
-        "xla": lambda a, b: lax.dot_general(a, b, (((left,), (right,)), ((), ()))),
-    }
-    return by_platform(lambda platform: "native" if platform == "cpu" else "xla", forms, a, b)
-
-
-@jax.custom_vjp
-def _logits(query, table):
-    return _product(query, table, 1, 1)
-
-
-def _logits_bwd(residuals, g):
-    query, table = residuals
-    return _product(g, table, 1, 0), _product(g, query, 0, 0)
-
-
-_logits.defvjp(lambda query, table: (_logits(query, table), (query, table)), _logits_bwd)

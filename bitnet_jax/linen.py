@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .conv import conv_with_scheme
 from .dot import with_scheme
-from .embed import attend, logits, take
+from .embed import attend, take
 from .leaf import is_quantized
 from .quantize import Scheme
 
@@ -152,7 +152,4 @@ class BitEmbed(_TakesLeaves, nn.Embed):
     def attend(self, query: jax.Array) -> jax.Array:
         """Logits of every row of the table: query @ table.T."""
         table: Any = self.embedding
-        if is_quantized(table):
-            return attend(query, table, self.dtype)
-        both: Any = self.promote_dtype(query, table, dtype=self.dtype)
-        return logits(*both)
+        return attend(query, table, self.dtype) if is_quantized(table) else super().attend(query)

@@ -12,7 +12,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bitnet_jax import Scheme, dot_general
 from bitnet_jax.dot import accumulate
-from bitnet_jax.embed import logits
 from bitnet_jax.leaf import Int8
 from bitnet_jax.ops import choose_dense, training
 
@@ -239,30 +238,3 @@ def test_wrong_shapes_and_variants(isa):
         )
     with pytest.raises((ValueError, RuntimeError)):
         training.grad_weight(draw(0, 4, 2), jnp.ones(3 + (isa == "mmx")), jnp.ones((4, 2)), isa=isa)
-
-
-@each_isa
-@settings(max_examples=12)
-@given(
-    st.integers(1, 60), st.integers(1, 70), st.integers(1, 40), st.integers(0, 99),
-    st.booleans(), st.booleans(),
-)  # fmt: skip
-def test_float_product_of_any_shape(isa, m, k, n, seed, left, right):
-    a, b = draw(seed, m, k).astype(np.float32), draw(seed + 1, k, n).astype(np.float32)
-    lie = lambda x, transposed: np.ascontiguousarray(x.T) if transposed else x
-    out = training.float_product(
-        lie(a, left), lie(b, right), left_transposed=left, right_transposed=right, isa=isa
-    )
-    assert_array_equal(out, a @ b)  # integers below 2 ** 24, exact in any order
-
-
-@needs_native
-def test_float_product_of_a_head(monkeypatch):
-    """Deeper than one part, wider than one strip; both gradients; under vmap."""
-    monkeypatch.setattr(CHOOSE, "int8_units", lambda: False)
-    x, table, g = normal(22, 2, 20, 64), normal(23, 1100, 64), normal(24, 2, 20, 1100)
-    y, vjp = jax.vjp(jax.jit(logits), x, table)
-    want, back = jax.vjp(lambda x, table: jnp.dot(x, table.T, precision="highest"), x, table)
-    for a, b in zip((y, *vjp(g)), (want, *back(g))):
-        assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    assert_allclose(jax.vmap(logits, (0, None))(jnp.stack([x, -x]), table)[1], -y, atol=1e-4)

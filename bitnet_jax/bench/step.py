@@ -36,11 +36,25 @@ def operations() -> float:
     return 6.0 * matrices * BATCH * LENGTH
 
 
-def by_us(ternary: bool, dtype: Literal["float32", "bfloat16"] = "float32") -> Callable:
+def parameters() -> int:
+    """Of the decoder, norms included.
+
+    >>> f"{parameters() / 1e6:.1f} M"
+    '27.5 M'
+    """
+    layer = 4 * WIDTH**2 + 3 * WIDTH * HIDDEN + 2 * WIDTH
+    return LAYERS * layer + VOCAB * WIDTH + WIDTH
+
+
+def by_us(
+    ternary: bool,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    precision: Literal["float32", "tensorfloat32"] = "float32",
+) -> Callable:
     """A call that takes one step."""
     config = DecoderConfig(
         vocab_size=VOCAB, width=WIDTH, layers=LAYERS, heads=HEADS, kv_heads=HEADS, hidden=HIDDEN,
-        dtype=dtype,
+        dtype=dtype, precision=precision,
     )  # fmt: skip
     model, optimizer = config.build(Scheme() if ternary else None), optax.adamw(1e-3)
     batch = tokens()

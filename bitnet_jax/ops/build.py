@@ -32,6 +32,19 @@ class Library:
     variants: tuple[str, ...]
     status: str
 
+    def pick(self, isa: str | None = None) -> str:
+        """The variant of that name, or the best.
+
+        Raises:
+          RuntimeError: if there is none at all, with `status` as the reason.
+          ValueError: if there is none of that name.
+        """
+        if not self.variants:
+            raise RuntimeError(self.status)
+        if isa is not None and isa not in self.variants:
+            raise ValueError(f"no variant {isa!r} here, only {', '.join(self.variants)}")
+        return isa or self.variants[0]
+
 
 class Unavailable(Exception):
     """Why there is no native op, as a sentence for `Library.status`."""
@@ -109,12 +122,12 @@ def opener(*names: str, targets: tuple[str, ...]) -> Callable[[], Library]:
     """A function that compiles a library and registers its ops, once, at its first call.
 
     Args:
-      names: the source file to compile, and the files it includes, all beside this one. It defines
-        `bitnet_variant` (i -> name, null after the last) and `bitnet_check` (name -> 1 if its
-        results are right here, 0 if wrong, -1 if this CPU lacks it).
+      names: the source file to compile, and the files of its own it includes, beside this one. It
+        defines `bitnet_variant` (i -> name, null after the last) and `bitnet_check` (name -> 1 if
+        its results are right here, 0 if wrong, -1 if this CPU lacks it).
       targets: the FFI handlers it defines.
     """
-    sources = tuple(Path(__file__).with_name(name) for name in names)
+    sources = tuple(Path(__file__).with_name(name) for name in (*names, "tasks.h", "variants.h"))
     found: list[Library] = []
 
     def library() -> Library:

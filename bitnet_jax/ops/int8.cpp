@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "tasks.h"
+#include "variants.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -136,18 +137,11 @@ static const Variant kVariants[] = {  // the best first
     {"portable", [] { return true; }, portable},
 };
 
-static const Variant* find(std::string_view name) {
-  for (const Variant& variant : kVariants)
-    if (variant.name == name) return variant.runs_here() ? &variant : nullptr;
-  return nullptr;
-}
+static const Variant* find(std::string_view name) { return find_in(kVariants, name); }
 
 // ---- What Python asks before it trusts the library -----------------------------------------------
 
-// Name of variant i, or null where there are no more.
-extern "C" const char* bitnet_variant(int i) {
-  return i < int(std::size(kVariants)) ? kVariants[i].name : nullptr;
-}
+extern "C" const char* bitnet_variant(int i) { return name_in(kVariants, i); }
 
 static bool equals_reference(Product* product, int64_t rows, int64_t k, bool table, int sign) {
   const int64_t n = 83, first = 3, count = 77;
@@ -184,7 +178,6 @@ extern "C" int bitnet_check(const char* name) {
 }
 
 // ---- The op --------------------------------------------------------------------------------------
-
 
 // Outputs of a task: whole cache lines, at least enough to be worth a thread.
 static int64_t strip(int64_t n, int64_t threads, int64_t most) {

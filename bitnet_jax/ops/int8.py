@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from . import build, xla
 
 _TARGET = "bitnet_int8_product"
-_library = build.opener("int8.cpp", "tasks.h", targets=(_TARGET,))
+_library = build.opener("int8.cpp", targets=(_TARGET,))
 
 
 def status() -> str:
@@ -42,12 +42,8 @@ def int8_product(
     Raises:
       RuntimeError: if there is no such op here, with `status` as the reason.
     """
-    library = _library()
-    if not library.variants:
-        raise RuntimeError(library.status)
-    if isa is not None and isa not in library.variants:
-        raise ValueError(f"no variant {isa!r} here, only {', '.join(library.variants)}")
+    isa = _library().pick(isa)
     # The reference has what shard_map wants to know: along which mesh axes results differ.
     out = jax.eval_shape(lambda x, codes: xla.int8_product(x, codes, table), x, codes)
     call = jax.ffi.ffi_call(_TARGET, out, vmap_method="sequential")
-    return jnp.asarray(call(x, codes, isa=isa or library.variants[0], table=table))
+    return jnp.asarray(call(x, codes, isa=isa, table=table))

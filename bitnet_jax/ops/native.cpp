@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "tasks.h"
+#include "variants.h"
 #include "xla/ffi/api/ffi.h"
 
 #if defined(__x86_64__)
@@ -51,15 +52,6 @@ constexpr int STRIP = 1024;  // and its columns: their sums fit the L2 cache
 #define KEEP(vector) asm("" : "+w"(vector))
 #else
 #define KEEP(vector)
-#endif
-
-#define TEXT(x) #x
-#if defined(__clang__)
-#define BEGIN(isa) _Pragma(TEXT(clang attribute push(__attribute__((target(isa))), apply_to = function)))
-#define END _Pragma("clang attribute pop")
-#else
-#define BEGIN(isa) _Pragma("GCC push_options") _Pragma(TEXT(GCC target(isa)))
-#define END _Pragma("GCC pop_options")
 #endif
 
 // What a thread keeps for products of many rows.
@@ -169,18 +161,11 @@ static const Variant kVariants[] = {  // the best first
     {"portable", [] { return true; }, FEW / 2, portable::few, portable::many},
 };
 
-static const Variant* find(std::string_view name) {
-  for (const Variant& variant : kVariants)
-    if (variant.name == name) return variant.runs_here() ? &variant : nullptr;
-  return nullptr;
-}
+static const Variant* find(std::string_view name) { return find_in(kVariants, name); }
 
 // ---- What Python asks before it trusts the library -----------------------------------------------
 
-// Name of variant i, or null where there are no more.
-extern "C" const char* bitnet_variant(int i) {
-  return i < int(std::size(kVariants)) ? kVariants[i].name : nullptr;
-}
+extern "C" const char* bitnet_variant(int i) { return name_in(kVariants, i); }
 
 static bool equals_reference(Product* product, int64_t rows, int64_t k, int64_t n, int sign) {
   const int64_t packed = (k + 3) / 4;

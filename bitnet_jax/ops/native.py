@@ -13,7 +13,7 @@ import numpy as np
 from . import build
 
 _TARGET = "bitnet_packed_product"
-_library = build.opener("native.cpp", "native_kernels.h", "tasks.h", targets=(_TARGET,))
+_library = build.opener("native.cpp", "native_kernels.h", targets=(_TARGET,))
 
 
 def status() -> str:
@@ -62,11 +62,7 @@ def packed_product(
     ...     print("[[6]]")
     [[6]]
     """
-    library = _library()
-    if not library.variants:
-        raise RuntimeError(library.status)
-    if isa is not None and isa not in library.variants:
-        raise ValueError(f"no variant {isa!r} here, only {', '.join(library.variants)}")
+    isa = _library().pick(isa)
     if index is None:
         codes, index = jnp.expand_dims(codes, -3), jnp.zeros((), jnp.int32)
     *_, rows, size = x.shape
@@ -84,7 +80,7 @@ def packed_product(
         *operands,
     )
     call = jax.ffi.ffi_call(_TARGET, out, vmap_method="expand_dims")
-    return call(*operands, isa=isa or library.variants[0])
+    return call(*operands, isa=isa)
 
 
 if __name__ == "__main__":

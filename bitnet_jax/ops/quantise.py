@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from . import build
 
-_library = build.opener("quantise.cpp", "tasks.h", targets=("bitnet_sums", "bitnet_quantise"))
+_library = build.opener("quantise.cpp", targets=("bitnet_sums", "bitnet_quantise"))
 
 
 def status() -> str:

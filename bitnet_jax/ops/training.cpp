@@ -6,8 +6,6 @@
 //                     (b, n, k): grad-input reads the codes of the forward pass as they lie.
 //   grad weight       out[b, k, n] = sum over m of codes[b, m, k] * scale[b, m] * g[b, m, n]
 //                     with scale * g rounded to 16 bits, a scale each column and 512 rows.
-//   float product     out[m, n] = sum over k of a[m, k] * b[k, n], either of them transposed;
-//                     XLA's own takes 1.2 to 2 times as long without AVX-512
 //
 // b stands for any number of axes, which broadcast.
 //
@@ -17,11 +15,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <iterator>
 #include <string_view>
 #include <vector>
 
 #include "tasks.h"
+#include "variants.h"
 #include "xla/ffi/api/ffi.h"
 
 #if defined(__x86_64__)
@@ -36,26 +34,8 @@ namespace ffi = xla::ffi;
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
 #endif
 
-#define TEXT(x) #x
-#if defined(__clang__)
-#define BEGIN(isa) _Pragma(TEXT(clang attribute push(__attribute__((target(isa))), apply_to = function)))
-#define END _Pragma("clang attribute pop")
-#else
-#define BEGIN(isa) _Pragma("GCC push_options") _Pragma(TEXT(GCC target(isa)))
-#define END _Pragma("GCC pop_options")
-#endif
-
-// A matrix of rows of the left operand or of columns of the right one: element (i, k) lies at
-// data[i * step + k * deep].
-struct Side {
-  const float* data;
-  int64_t step, deep;
-  Side at(int64_t i, int64_t k) const { return {data + i * step + k * deep, step, deep}; }
-};
-
 namespace portable {
 #define DOT(sums, a, b) ((sums) + (((a) << 16) >> 16) * (((b) << 16) >> 16) + ((a) >> 16) * ((b) >> 16))
-#define FMA(a, b, c) ((a) * (b) + (c))
 #include "training_kernels.h"
 }  // namespace portable
 
@@ -63,7 +43,6 @@ namespace portable {
 BEGIN("avx2,fma")
 namespace avx2 {
 #define DOT(sums, a, b) ((sums) + (Ints)_mm256_madd_epi16((__m256i)(a), (__m256i)(b)))
-#define FMA(a, b, c) ((Floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #include "training_kernels.h"
 }  // namespace avx2
 END
@@ -78,13 +57,11 @@ struct Variant {
   void (*pair_codes)(const int8_t*, int64_t, int64_t, int64_t, int64_t, int32_t*);
   void (*grad_weight)(const int32_t*, const float*, const float*, int64_t, int64_t, int64_t, int64_t,
                       float*);
-  void (*line_up)(Side, int64_t, int64_t, float*);
-  void (*block)(Side, int64_t, const float*, int64_t, int64_t, bool, float*, int64_t);
 };
 
 #define VARIANT(space) \
   space::ROWS<float>, space::ROWS<int16_t>, space::TALL, space::WIDE, space::product, \
-  space::product, space::pair_codes, space::grad_weight, space::line_up_columns, space::float_block
+  space::product, space::pair_codes, space::grad_weight
 
 static const Variant kVariants[] = {  // the best first
 #if defined(__x86_64__)
@@ -94,18 +71,11 @@ static const Variant kVariants[] = {  // the best first
     {"portable", [] { return true; }, VARIANT(portable)},
 };
 
-static const Variant* find(std::string_view name) {
-  for (const Variant& variant : kVariants)
-    if (variant.name == name) return variant.runs_here() ? &variant : nullptr;
-  return nullptr;
-}
+static const Variant* find(std::string_view name) { return find_in(kVariants, name); }
 
 // ---- What Python asks before it trusts the library -----------------------------------------------
 
-// Name of variant i, or null where there are no more.
-extern "C" const char* bitnet_variant(int i) {
-  return i < int(std::size(kVariants)) ? kVariants[i].name : nullptr;
-}
+extern "C" const char* bitnet_variant(int i) { return name_in(kVariants, i); }
 
 static void make_index(const int8_t* codes, int64_t k, int64_t n, bool transposed, int64_t fours,
                        int64_t from, int64_t to, uint16_t* index);
@@ -134,13 +104,6 @@ static bool equals_reference(const Variant& variant, int64_t rows, int64_t k, in
       for (int64_t i = 0; i < k; i++) sum += x[m * k + i] * codes[i * n + c];
       if (sums[m * n + c] != sum || (m < few && products[m * n + c] != float(sum))) return false;
     }
-  // The float product of the same codes, as floats.
-  std::vector<float> right(codes.begin(), codes.end()), lined((n + variant.wide) * k);
-  for (int64_t c = 0; c < n; c += variant.wide)
-    variant.line_up(Side{right.data(), 1, n}.at(c, 0), n - c, k, lined.data() + c * k);
-  variant.block({floats.data(), k, 1}, rows, lined.data(), n, k, false, products.data(), n);
-  for (int64_t i = 0; i < rows * n; i++)
-    if (products[i] != float(sums[i])) return false;
   std::vector<int32_t> words((k + variant.tall - 1) / variant.tall * variant.tall * ((rows + 1) / 2));
   variant.pair_codes(x.data(), rows, k, 0, (rows + 1) / 2, words.data());
   for (int64_t c = 0; c < n; c += variant.wide)
@@ -312,55 +275,6 @@ static ffi::Error GradWeight(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> codes,
   }
   return ffi::Error::Success();
 }
-
-// ---- The float product ---------------------------------------------------------------------------
-
-static ffi::Error FloatProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> a, ffi::Buffer<ffi::F32> b,
-                               ffi::Result<ffi::Buffer<ffi::F32>> out, bool left_transposed,
-                               bool right_transposed, std::string_view isa) {
-  const Variant* variant = find(isa);
-  if (!variant) return ffi::Error::InvalidArgument("this CPU does not run that variant");
-  Dims ad = a.dimensions(), bd = b.dimensions(), od = out->dimensions();
-  if (ad.size() != 2 || bd.size() != 2 || od.size() != 2 || ad[left_transposed] != od[0] ||
-      bd[!right_transposed] != od[1] || ad[!left_transposed] != bd[right_transposed])
-    return ffi::Error::InvalidArgument("the shapes of a and b do not fit");
-  const int64_t m = od[0], n = od[1], k = ad[!left_transposed];
-  Side left{a.typed_data(), left_transposed ? 1 : k, left_transposed ? m : 1};
-  Side right{b.typed_data(), right_transposed ? k : 1, right_transposed ? 1 : n};
-  float* to = out->typed_data();
-  if (!k) std::fill_n(to, m * n, 0.0f);
-  if (!k || !m || !n) return ffi::Error::Success();
-  // `most` columns lined up `depth` deep, 2 MB, serve all rows, of which a task takes `high`.
-  constexpr int64_t most = 1024, high = 48;
-  const int64_t wide = variant->wide, parts = (k + 511) / 512, depth = (k + parts - 1) / parts;
-  static thread_local std::vector<float> memory;
-  memory.resize((std::min(n, most) + wide) * depth);
-  float* columns = memory.data();
-  for (int64_t c = 0; c < n; c += most)
-    for (int64_t i = 0; i < k; i += depth) {
-      const int64_t across = std::min(most, n - c), deep = std::min(depth, k - i);
-      run(pool, (across + wide - 1) / wide, [&](int64_t task) {
-        variant->line_up(right.at(c + task * wide, i), across - task * wide, deep,
-                         columns + task * wide * deep);
-      });
-      run(pool, (m + high - 1) / high, [&](int64_t task) {
-        const int64_t row = task * high;
-        variant->block(left.at(row, i), std::min(high, m - row), columns, across, deep, i > 0,
-                       to + row * n + c, n);
-      });
-    }
-  return ffi::Error::Success();
-}
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_float_product, FloatProduct,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<bool>("left_transposed")
-                                  .Attr<bool>("right_transposed")
-                                  .Attr<std::string_view>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_ternary_product, TernaryProduct,
                               ffi::Ffi::Bind()

@@ -14,8 +14,8 @@ import numpy as np
 
 from . import build
 
-_TARGETS = ("bitnet_ternary_product", "bitnet_grad_weight", "bitnet_float_product")
-_library = build.opener("training.cpp", "training_kernels.h", "tasks.h", targets=_TARGETS)
+_TARGETS = ("bitnet_ternary_product", "bitnet_grad_weight")
+_library = build.opener("training.cpp", "training_kernels.h", targets=_TARGETS)
 
 
 def status() -> str:
@@ -99,57 +99,16 @@ def grad_weight(
     return call(*_spread(len(batch), (codes, 2), (scale, 1), (g, 2)))
 
 
-def float_product(
-    a: jax.Array,
-    b: jax.Array,
-    *,
-    left_transposed: bool = False,
-    right_transposed: bool = False,
-    isa: str | None = None,
-) -> jax.Array:
-    """Two float32 matrices, as they lie.
-
-    out[m, n] = sum over k of a[m, k] * b[k, n]
-
-    XLA's own product takes 1.2 to 2 times as long on CPUs without AVX-512, most where it copies an
-    operand to transpose it.
-
-    Args:
-      a: float32 (m, k), or (k, m) if ``left_transposed``.
-      b: float32 (k, n), or (n, k) if ``right_transposed``.
-      isa: a name out of `variants`, to force it.
-
-    Returns:
-      float32 (m, n).
-
-    >>> a, b = jnp.array([[1.0, 2]]), jnp.array([[3.0, 4]])
-    >>> y = float_product(a, b, right_transposed=True) if variants() else a @ b.T
-    >>> y.tolist()
-    [[11.0]]
-    """
-    if a.shape[0 if left_transposed else 1] != b.shape[1 if right_transposed else 0]:
-        raise ValueError(f"a {a.shape} and b {b.shape} do not fit")
-    shape = a.shape[1 if left_transposed else 0], b.shape[0 if right_transposed else 1]
-    call = _call("bitnet_float_product", shape, jnp.float32, isa, a, b, vmap="sequential")
-    return call(a, b, left_transposed=left_transposed, right_transposed=right_transposed)
-
-
 def _spread(axes: int, *operands: tuple[jax.Array, int]) -> list[jax.Array]:
     """Operands with batch axes in front, of length 1 where they had none, and axes of their own."""
     return [a.reshape((1,) * (axes + own - a.ndim) + a.shape) for a, own in operands]
 
 
-def _call(
-    target: str, shape: tuple, dtype, isa: str | None, *operands: jax.Array, vmap="expand_dims"
-) -> Callable:
-    names = variants()
-    if not names:
-        raise RuntimeError(status())
-    if isa is not None and isa not in names:
-        raise ValueError(f"no variant {isa!r} here, only {', '.join(names)}")
+def _call(target: str, shape: tuple, dtype, isa: str | None, *operands: jax.Array) -> Callable:
+    isa = _library().pick(isa)
     # A sum of all operands has what shard_map wants to know: along which mesh axes results differ.
     out = jax.eval_shape(
         lambda *a: jnp.zeros(shape, dtype) + sum(x.sum().astype(dtype) for x in a), *operands
     )
-    call = jax.ffi.ffi_call(target, out, vmap_method=vmap)
-    return functools.partial(call, isa=isa or names[0])
+    call = jax.ffi.ffi_call(target, out, vmap_method="expand_dims")
+    return functools.partial(call, isa=isa)

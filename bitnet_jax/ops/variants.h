@@ -1,0 +1,29 @@
+// Variants of an op: the same code compiled once for each instruction set.
+#pragma once
+
+#include <cstddef>
+#include <string_view>
+
+// Between BEGIN("avx2") and END functions may use that instruction set.
+#define TEXT(x) #x
+#if defined(__clang__)
+#define BEGIN(isa) _Pragma(TEXT(clang attribute push(__attribute__((target(isa))), apply_to = function)))
+#define END _Pragma("clang attribute pop")
+#else
+#define BEGIN(isa) _Pragma("GCC push_options") _Pragma(TEXT(GCC target(isa)))
+#define END _Pragma("GCC pop_options")
+#endif
+
+// The variant of that name, if this CPU runs it.
+template <class Variant, size_t N>
+const Variant* find_in(const Variant (&variants)[N], std::string_view name) {
+  for (const Variant& variant : variants)
+    if (variant.name == name) return variant.runs_here() ? &variant : nullptr;
+  return nullptr;
+}
+
+// Name of variant i, or null where there are no more.
+template <class Variant, size_t N>
+const char* name_in(const Variant (&variants)[N], int i) {
+  return i < int(N) ? variants[i].name : nullptr;
+}
