@@ -243,14 +243,18 @@ OTHERS = {
 
 @pytest.mark.parametrize("changes", OTHERS.values(), ids=list(OTHERS))
 def test_our_network_on_other_configurations(changes, tmp_path):
-    """Ours on the pair that PyTorch wrote: every output, the losses, and all gradients."""
+    """Ours on the pair that PyTorch wrote: every output, the losses, and all gradients.
+
+    The memory is of a draw that puts no ReLU's input within 2e-5 of its spread of zero: nearer,
+    the last digit, which differs between CPUs, decides what a gradient holds.
+    """
     steps = {"step_weights": (0.5, 0.75, 1.0)} if changes.get("T_max") == 2 else {}
     config = peer.Config(**SMALLEST | {"max_seq_len": 40, "halt_threshold": 0.5} | steps | changes)
     model = peer.TRMTitansMAGModel(config, seed=3).eval()
     with torch.no_grad():  # weights that say something
         for x in model.backbone.parameters():
             x.mul_(8 if x.ndim == 2 else 1)
-        model.backbone.ltm.memory_state.normal_()
+        model.backbone.ltm.memory_state.normal_(generator=torch.Generator().manual_seed(10))
     peer.save_pair(model, tmp_path / "model")
     module, variables = phase3.load(tmp_path / "model")
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (3, 29))
