@@ -172,7 +172,10 @@ def test_a_full_disk_ends_with_one_line(tmp_path):
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_a_stop_in_the_middle_leaves_only_whole_checkpoints(tmp_path, sign):
     longer = "import dataclasses; TINY = dataclasses.replace(TINY, float_steps=300)"
-    process = python(TINY_DEMO.format(imports="os", before=longer), str(tmp_path / "out"))
+    # A shell's background jobs are started deaf to Ctrl-C, and so are their children.
+    hearing = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = TINY_DEMO.format(imports="signal", before=f"{hearing}; {longer}")
+    process = python(code, str(tmp_path / "out"))
     log = tmp_path / "out" / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not (log.exists() and log.stat().st_size):

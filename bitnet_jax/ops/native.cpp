@@ -2,8 +2,8 @@
 //
 //   out[b, m, n] = sum over k of x[b, m, k] * code[index[b], k, n]
 //
-// in int32, exact. The arithmetic is in native_kernels.h; here it is compiled once for each
-// instruction set (a variant), the work is cut into tasks, and the op is bound.
+// in int32, exact. The arithmetic is in native_kernels.h, and for AMX in amx.h; here it is compiled
+// once for each instruction set (a variant), the work is cut into tasks, and the op is bound.
 // Compiled at first use, see build.py, with the headers of the jaxlib that will load it.
 
 #include <algorithm>
@@ -22,6 +22,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #if defined(__linux__)
@@ -116,6 +120,15 @@ namespace avx512vnni {
 }  // namespace avx512vnni
 END
 
+#if defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define HAS_AMX
+BEGIN("avx512f,avx512bw,avx512vl,avx512vnni,amx-tile,amx-int8")
+namespace amx {
+#include "amx.h"
+}  // namespace amx
+END
+#endif
+
 #elif defined(__aarch64__) && defined(__linux__)
 
 BEGIN("arch=armv8.2-a+dotprod")
@@ -141,6 +154,9 @@ struct Variant {
 };
 
 static const Variant kVariants[] = {  // the best first
+#if defined(HAS_AMX)
+    {"amx", amx::runs_here, FEW / 2, avx512vnni::few, amx::many},
+#endif
 #if defined(__x86_64__)
     {"avx512vnni",
      [] { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
