@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -19,9 +18,6 @@ def test_there_are_notebooks():
 @pytest.mark.filterwarnings("default")  # Jupyter's own; what the cells warn of goes to their output
 def test_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("BITNET_NOTEBOOK_SMALL", "1")  # of the production model: the same, smaller
-    # Commands in a notebook compile what others compiled before.
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert any(cell.outputs for cell in code), "kept without its outputs; run it and save"
