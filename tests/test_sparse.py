@@ -47,7 +47,7 @@ def test_equal_weights_still_have_one_zero_in_four():
         assert ((codes.reshape(2, 4, 3) == 0).sum(1) == 1).all()
 
 
-@settings(max_examples=8, deadline=None)  # each compiles programs for its shape
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.integers(1, 3), max_size=1), st.integers(1, 70), st.integers(1, 4),
     st.integers(0, 2**16),

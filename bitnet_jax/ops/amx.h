@@ -1,15 +1,14 @@
 // The product for more than a few rows on CPUs with AMX, whose tiles multiply 16 x 64 by 64 x 16
 // bytes an instruction. native.cpp includes this file inside a namespace.
 //
-// A tile of weights wants the four inputs of an output as neighbours, one after the other, in 64
-// rows of 16 outputs: exactly one packed byte, spread over four. So 16 packed bytes of a row are one
-// row of a tile, and no interleaving is needed. Codes stay one too large; the sum of x goes off.
+// A row of a tile of weights holds 16 outputs, the four inputs of each as neighbours. A packed byte
+// holds four inputs of one output too, so 16 packed bytes, each spread over four, are such a row and
+// nothing need be interleaved. Codes stay one too large, for which the sum of x is taken off.
 
 constexpr int SIDE = 16, CHUNK = 64;      // rows and columns of a tile; its inputs
 constexpr int TILE = SIDE * CHUNK;        // bytes
 constexpr int WIDTH = 64;                 // columns at once: a cache line of packed bytes
 constexpr int DEPTH = 8;                  // chunks at once: their tiles of weights are 32 KB, for L1
-constexpr int TILES = MANY / SIDE;        // of rows
 
 struct Tiles {  // as the CPU reads it: all eight of them 16 rows of 64 bytes
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -21,13 +20,12 @@ struct Tiles {  // as the CPU reads it: all eight of them 16 rows of 64 bytes
 // is more than 8 bytes).
 #define WRITTEN asm volatile("" ::: "memory")
 
-// CPUID's word, and Linux's permission, which a process asks for once.
-static bool runs_here() {
+// CPUID's word, and Linux's permission, which a process must ask for.
+static bool allowed() {
   unsigned a, b, c, d;
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1) &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+         syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
 // x (rows, k) -> [chunk][tile of rows][16][64], 0 where rows or inputs end; and the sums of rows.

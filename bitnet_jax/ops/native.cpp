@@ -153,15 +153,19 @@ struct Variant {
   Product *few, *many;
 };
 
+#if defined(__x86_64__)
+static bool has_avx512vnni() {
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 static const Variant kVariants[] = {  // the best first
 #if defined(HAS_AMX)
-    {"amx", amx::runs_here, FEW / 2, avx512vnni::few, amx::many},
+    {"amx", [] { return has_avx512vnni() && amx::allowed(); }, FEW / 2, avx512vnni::few, amx::many},
 #endif
 #if defined(__x86_64__)
-    {"avx512vnni",
-     [] { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512vl"); },
-     FEW, avx512vnni::few, avx512vnni::many},
+    {"avx512vnni", has_avx512vnni, FEW, avx512vnni::few, avx512vnni::many},
 #if defined(HAS_AVXVNNI)
     {"avxvnni",
      [] { unsigned a, b, c, d;  // older compilers do not know it by name

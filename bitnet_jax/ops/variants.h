@@ -1,6 +1,7 @@
 // Variants of an op: the same code compiled once for each instruction set.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <string_view>
 
@@ -14,11 +15,17 @@
 #define END _Pragma("GCC pop_options")
 #endif
 
-// The variant of that name, if this CPU runs it.
+// The variant of that name, if this CPU runs it. A library has one table of variants.
 template <class Variant, size_t N>
 const Variant* find_in(const Variant (&variants)[N], std::string_view name) {
-  for (const Variant& variant : variants)
-    if (variant.name == name) return variant.runs_here() ? &variant : nullptr;
+  // Asked once, not a product: in a virtual machine CPUID is a trap to its host.
+  static const auto runs = [&] {
+    std::array<bool, N> runs;
+    for (size_t i = 0; i < N; i++) runs[i] = variants[i].runs_here();
+    return runs;
+  }();
+  for (size_t i = 0; i < N; i++)
+    if (variants[i].name == name) return runs[i] ? &variants[i] : nullptr;
   return nullptr;
 }
 
