@@ -40,13 +40,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="module")
 def _few_optimisations(request):
     quick = _is_job(getattr(request.module, "__name__", ""))
-    jax.config.update("jax_disable_most_optimizations", quick)
-    if quick:
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for what the tests start
+    if not quick:
+        yield
+        return
+    # JAX would go on running programs of the same shapes that were compiled the other way, and the
+    # last digits differ: of a scale, say. Which ones there are depends on what this worker ran.
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for what the tests start
     yield
-    os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
+    os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS")
     jax.config.update("jax_disable_most_optimizations", False)
-    if quick:
-        # JAX would run these programs for later tests of the same shapes too, and the last digits
-        # of a scale differ from those of a program compiled well.
-        jax.clear_caches()
+    jax.clear_caches()
