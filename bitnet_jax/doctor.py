@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from .ops import OPS, choose, choose_dense, training
-from .ops.choose import int8_units
+from .ops.choose import matrix_units
 from .ops.native import status, variants
 
 _ROWS = (1, 2, 8, 128)
@@ -76,10 +76,10 @@ def examine(repeats: int = 7) -> dict:
 def _training(backend: str) -> str:
     """Which form a training step's products have here, and why."""
     if choose_dense(backend, 1024, 1024, 1024) == "native":
-        return f"training: in C++, this CPU has no units for int8 ({training.status()})"
-    if backend == "cpu" and not int8_units():
-        return f"training: XLA's int8, although this CPU has no units for it ({training.status()})"
-    return "training: XLA's int8, which this machine has units for"
+        return f"training: in C++, this CPU has no matrix units for int8 ({training.status()})"
+    if backend == "cpu" and not matrix_units():
+        return f"training: XLA's int8, for want of an op in C++ ({training.status()})"
+    return "training: XLA's int8, which this machine has matrix units for"
 
 
 def _medians(calls: tuple[Callable, ...], repeats: int) -> list[float]:

@@ -1,5 +1,5 @@
-// The products of a training step on CPUs whose integer units are no wider than their float ones
-// (AVX2, say), as XLA FFI ops. The arithmetic is in training_kernels.h.
+// The products of a training step on CPUs without matrix units for integers (AVX2, AVX512-VNNI), as
+// XLA FFI ops. The arithmetic is in training_kernels.h.
 //
 //   ternary product   out[b, m, n] = sum over k of x[b, m, k] * codes[b, k, n]
 //                     int8 x to int32, exact; float32 x to float32. With `transposed`, codes are
@@ -35,6 +35,7 @@ namespace ffi = xla::ffi;
 #endif
 
 namespace portable {
+#define BYTES 32
 #define DOT(sums, a, b) ((sums) + (((a) << 16) >> 16) * (((b) << 16) >> 16) + ((a) >> 16) * ((b) >> 16))
 #include "training_kernels.h"
 }  // namespace portable
@@ -42,9 +43,17 @@ namespace portable {
 #if defined(__x86_64__)
 BEGIN("avx2,fma")
 namespace avx2 {
+#define BYTES 32
 #define DOT(sums, a, b) ((sums) + (Ints)_mm256_madd_epi16((__m256i)(a), (__m256i)(b)))
 #include "training_kernels.h"
 }  // namespace avx2
+END
+BEGIN("avx512f,avx512bw,avx512vl,avx512vnni,fma")
+namespace avx512vnni {
+#define BYTES 64
+#define DOT(sums, a, b) ((WideInts)_mm512_dpwssd_epi32((__m512i)(sums), (__m512i)(a), (__m512i)(b)))
+#include "training_kernels.h"
+}  // namespace avx512vnni
 END
 #endif
 
@@ -65,6 +74,12 @@ struct Variant {
 
 static const Variant kVariants[] = {  // the best first
 #if defined(__x86_64__)
+    {"avx512vnni",
+     [] {
+       return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+     },
+     VARIANT(avx512vnni)},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
      VARIANT(avx2)},
 #endif

@@ -1,6 +1,6 @@
-"""The products of a training step in C++, for CPUs whose int8 is no faster than float32.
+"""The products of a training step in C++, for CPUs without matrix units for int8.
 
-Without int8 units (VNNI, AMX) a multiplication of bytes gains nothing, but ternary codes need none:
+A multiplication of bytes gains little there (VNNI) or nothing (AVX2), but ternary codes need none:
 for four inputs the 81 sums there can be are computed once and looked up, in int8 and in float32
 alike. Compiled at first use like `native`, beside it, and missing where that one is.
 """

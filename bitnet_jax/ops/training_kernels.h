@@ -1,17 +1,22 @@
 // The kernels of training.cpp, in GCC's vector types, compiled once a variant, inside its namespace.
 //
-// Before this file is included: DOT(sums, a, b) is sums + a * b in int16, added up over the two
-// neighbours under each int32 sum: the only intrinsic of a variant.
+// Before this file is included: BYTES, of a register of the variant, and DOT(sums, a, b), which is
+// sums + a * b in int16, added up over the two neighbours under each int32 sum: the only intrinsic.
 
 typedef int16_t Shorts __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef float Floats __attribute__((vector_size(32)));
 typedef int16_t EightShorts __attribute__((vector_size(16)));
 
+typedef int16_t WideShorts __attribute__((vector_size(BYTES)));  // what the inner loops work in
+typedef int32_t WideInts __attribute__((vector_size(BYTES)));
+typedef float WideFloats __attribute__((vector_size(BYTES)));
+
 template <class T> struct VectorOf;
-template <> struct VectorOf<int16_t> { typedef Shorts type; };
-template <> struct VectorOf<float> { typedef Floats type; };
+template <> struct VectorOf<int16_t> { typedef Shorts type; typedef WideShorts wide; };
+template <> struct VectorOf<float> { typedef Floats type; typedef WideFloats wide; };
 template <class T> using Vector = typename VectorOf<T>::type;
+template <class T> using WideVector = typename VectorOf<T>::wide;
 
 template <class V>
 static inline __attribute__((always_inline)) V load(const void* from) {
@@ -80,18 +85,20 @@ static void fill_table(const Row<T>* x, Row<T>* table) {
 template <class T, bool FIRST>
 static void look_up(const Row<T>* tables, const uint16_t* index, int64_t stride, int64_t columns,
                     Row<T>* sums) {
-  typedef Vector<T> V;
-  constexpr int LANES = 32 / sizeof(T);
+  typedef WideVector<T> V;
+  constexpr int PARTS = ENTRY / BYTES, LANES = BYTES / sizeof(T);
   for (int64_t c = 0; c < columns; c++) {
-    V low = FIRST ? V{} : load<V>(sums[c]), high = FIRST ? V{} : load<V>(sums[c] + LANES);
+    V sum[PARTS];
+#pragma GCC unroll 2
+    for (int i = 0; i < PARTS; i++) sum[i] = FIRST ? V{} : load<V>(sums[c] + i * LANES);
 #pragma GCC unroll 4
     for (int t = 0; t < FOURS; t++) {
       const char* entry = (const char*)(tables + 81 * t) + index[t * stride + c];
-      low += load<V>(entry);
-      high += load<V>(entry + 32);
+#pragma GCC unroll 2
+      for (int i = 0; i < PARTS; i++) sum[i] += load<V>(entry + i * BYTES);
     }
-    store(sums[c], low);
-    store(sums[c] + LANES, high);
+#pragma GCC unroll 2
+    for (int i = 0; i < PARTS; i++) store(sums[c] + i * LANES, sum[i]);
   }
 }
 
@@ -205,7 +212,9 @@ static void product(const int8_t* x, int64_t rows, int64_t k, const uint16_t* in
 
 // ---- Grad-weight: int8 codes of the activations times gradients in 16 bits -----------------------
 
-constexpr int TALL = 6, WIDE = 16;  // a tile of the result that stays in registers
+// A tile of the result that stays in registers, of which wider ones are twice as many.
+constexpr int TALL = BYTES == 64 ? 12 : 6, WIDE = BYTES / 2;
+constexpr int EIGHTS = WIDE / 8;
 // Tokens that share a scale: 512 products of -128 and 32767 fit int32, just.
 constexpr int TOKENS = 512;
 constexpr int PAIRS = TOKENS / 2;
@@ -233,13 +242,14 @@ static void pair_codes(const int8_t* codes, int64_t tokens, int64_t k, int64_t f
 // Of up to TOKENS tokens, WIDE columns of g times each token's scale, in 16 bits and in pairs.
 // scale gets what a unit is worth in each column: NaN where a gradient is not finite.
 static void pair_gradients(const float* g, const float* scales, int64_t tokens, int64_t n,
-                           int64_t columns, Floats (*room)[2], Ints (*words)[2], Floats* scale) {
-  Floats most[2] = {}, wrong[2] = {};
+                           int64_t columns, Floats (*room)[EIGHTS], Ints (*words)[EIGHTS],
+                           Floats* scale) {
+  Floats most[EIGHTS] = {}, wrong[EIGHTS] = {};
   for (int64_t t = 0; t < tokens; t++) {
     float edge[WIDE] = {};
     const float* from = g + t * n;
     if (columns < WIDE) memcpy(edge, from, columns * sizeof *edge), from = edge;
-    for (int j = 0; j < 2; j++) {
+    for (int j = 0; j < EIGHTS; j++) {
       Floats value = load<Floats>(from + 8 * j) * scales[t];
       Floats size = (Floats)((Ints)value & 0x7fffffff);
       most[j] = size > most[j] ? size : most[j];
@@ -247,9 +257,9 @@ static void pair_gradients(const float* g, const float* scales, int64_t tokens, 
       room[t][j] = value;
     }
   }
-  if (tokens % 2) room[tokens][0] = room[tokens][1] = Floats{};
+  if (tokens % 2) memset(room[tokens], 0, sizeof *room);
   const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2 ** 23: its last bits are the rounded sum
-  for (int j = 0; j < 2; j++) {
+  for (int j = 0; j < EIGHTS; j++) {
     scale[j] = most[j] / 32767.0f;
     Floats inverse = scale[j] > 1e-38f ? 1.0f / scale[j] : Floats{};
     scale[j] += wrong[j];
@@ -261,46 +271,48 @@ static void pair_gradients(const float* g, const float* scales, int64_t tokens, 
   }
 }
 
-static inline __attribute__((always_inline)) void tile(const int32_t* codes, const Ints (*g)[2],
-                                                       int64_t pairs, Ints (*sums)[2]) {
-  Ints sum[TALL][2] = {};
+static inline __attribute__((always_inline)) void tile(const int32_t* codes,
+                                                       const Ints (*g)[EIGHTS], int64_t pairs,
+                                                       Ints (*sums)[EIGHTS]) {
+  WideInts sum[TALL][2] = {};
   for (int64_t p = 0; p < pairs; p++, codes += TALL) {
-    const Ints left = g[p][0], right = g[p][1];
-#pragma GCC unroll 6
+    const WideInts left = load<WideInts>(g[p]), right = load<WideInts>(g[p] + EIGHTS / 2);
+#pragma GCC unroll 12
     for (int i = 0; i < TALL; i++) {
-      const Ints code = Ints{} + codes[i];
+      const WideInts code = WideInts{} + codes[i];
       sum[i][0] = DOT(sum[i][0], code, left);
       sum[i][1] = DOT(sum[i][1], code, right);
     }
   }
-  for (int i = 0; i < TALL; i++) sums[i][0] = sum[i][0], sums[i][1] = sum[i][1];
+  memcpy(sums, sum, sizeof sum);
 }
 
 // out (k, columns) of a matrix n wide: all inputs of up to WIDE columns of the grad-weight.
 static void grad_weight(const int32_t* words, const float* scales, const float* g, int64_t tokens,
                         int64_t k, int64_t n, int64_t columns, float* out) {
-  static thread_local Floats room[TOKENS + 1][2];
-  static thread_local Ints gradients[PAIRS][2];
+  static thread_local Floats room[TOKENS + 1][EIGHTS];
+  static thread_local Ints gradients[PAIRS][EIGHTS];
   const int64_t all = (tokens + 1) / 2;
   for (int64_t t = 0; t < tokens; t += TOKENS) {
     const int64_t now = std::min<int64_t>(TOKENS, tokens - t);
-    Floats scale[2];
+    Floats scale[EIGHTS];
     pair_gradients(g + t * n, scales + t, now, n, columns, room, gradients, scale);
     for (int64_t i = 0; i < k; i += TALL) {
-      Ints sums[TALL][2];
+      Ints sums[TALL][EIGHTS];
       tile(words + (i / TALL * all + t / 2) * TALL, gradients, (now + 1) / 2, sums);
       for (int64_t j = 0; j < std::min<int64_t>(TALL, k - i); j++) {
         float* to = out + (i + j) * n;
-        float values[WIDE] = {};
-        if (t) memcpy(values, to, columns * sizeof *values);
-        for (int h = 0; h < 2; h++)
-          store(values + 8 * h, load<Floats>(values + 8 * h) +
-                                    __builtin_convertvector(sums[j][h], Floats) * scale[h]);
-        if (columns == WIDE) store(to, load<Floats>(values)), store(to + 8, load<Floats>(values + 8));
-        else memcpy(to, values, columns * sizeof *values);
+        float edge[WIDE] = {}, *values = columns == WIDE ? to : edge;
+        if (t && values == edge) memcpy(edge, to, columns * sizeof *edge);
+        for (int h = 0; h < EIGHTS; h++) {
+          const Floats more = __builtin_convertvector(sums[j][h], Floats) * scale[h];
+          store(values + 8 * h, t ? load<Floats>(values + 8 * h) + more : more);
+        }
+        if (values == edge) memcpy(to, edge, columns * sizeof *edge);
       }
     }
   }
 }
 
 #undef DOT
+#undef BYTES
