@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .leaf import Int4, Int8, Quantized, Sparse, Ternary
-from .reduce import over
+from .reduce import over, sizes_over
 
 # Clamp of the mean |w| below which a scale would divide by (almost) zero. BitNet b1.58 clamps at
 # 1e-5 ("The Era of 1-bit LLMs: Training Tips, Code and FAQ"), the sandbox's layer at 1e-8.
@@ -136,7 +136,7 @@ def quantize_weights(w: jax.Array, scheme: Scheme = Scheme()) -> Quantized:
 def _round_to_ternary(blocks: jax.Array, rows: jax.Array, axes: tuple[int, ...], scheme: Scheme):
     """Codes (..., groups, group, out) and scale (..., groups, 1, out or 1) of a ternary rule."""
     count = rows * blocks.shape[-1] if -1 in axes else rows
-    (total,) = over(lambda w: (jnp.abs(w),), jnp.add, blocks, axes)
+    total = sizes_over(blocks, axes)
     mean = mean_of(total, count, scheme)
     if scheme.rule == "sherry":
         codes = _smallest_of_four_to_zero(blocks, rows)
@@ -166,7 +166,9 @@ def cut_of(mean: jax.Array, scheme: Scheme) -> jax.Array:
     2.0
     """
     if scheme.rule == "absmean":
-        return jnp.nextafter(0.5 * mean, jnp.inf)
+        # Its bits plus one: mean is above 0, and `jnp.nextafter` is 30 operations for all floats.
+        bits = jax.lax.bitcast_convert_type(0.5 * mean, jnp.int32)
+        return jax.lax.bitcast_convert_type(bits + 1, jnp.float32)
     # A weight exactly on the threshold keeps its sign, as in the sandbox's layer.
     return mean * (_THRESHOLD[scheme.rule] if scheme.threshold is None else scheme.threshold)
 

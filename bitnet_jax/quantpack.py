@@ -47,7 +47,7 @@ def _native(w: jax.Array, scheme: Scheme, like: PackedTernary) -> PackedTernary:
     size = group or like.in_features
     rows = jnp.clip(like.in_features - size * jnp.arange(groups), 1, size).astype(jnp.float32)
     count = rows[:, None] * (out if one else 1)
-    mean = mean_of(whole(quantise.sums(matrices, group)), count, scheme)
+    mean = mean_of(quantise.sums(matrices, group, one), count, scheme)
     cut = jnp.broadcast_to(cut_of(mean, scheme), (len(matrices), groups, out))
     codes, kept, number = quantise.pack(matrices, cut, group, scheme.rule == "twn")
     if scheme.rule == "twn":

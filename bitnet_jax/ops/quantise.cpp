@@ -147,21 +147,35 @@ static void each_strip(ffi::ThreadPool& pool, int64_t stack, int64_t n, F task) 
   });
 }
 
+// x[0] = the sum of n values: the first half plus the second, until one is left.
+static void halve(float* x, int64_t n) {
+  for (; n > 1; n -= n / 2) {
+    for (int64_t i = 0; i < n / 2; i++) x[i] += x[n / 2 + i];
+    if (n % 2) x[n / 2] = x[n - 1];
+  }
+}
+
 static ffi::Error Sums(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> w,
-                       ffi::Result<ffi::BufferR3<ffi::F32>> sums, int64_t group) {
+                       ffi::Result<ffi::BufferR3<ffi::F32>> sums, int64_t group, bool outputs) {
   const int64_t stack = w.dimensions()[0], in = w.dimensions()[1], n = w.dimensions()[2];
   group = group ? group : std::max<int64_t>(in, 1);
   const int64_t groups = (in + group - 1) / group;
-  if (sums->element_count() != size_t(stack * groups * n))
-    return ffi::Error::InvalidArgument("sums (stack, groups, n) needed");
+  if (sums->element_count() != size_t(stack * groups * (outputs ? 1 : n)) || (outputs && !n))
+    return ffi::Error::InvalidArgument("sums (stack, groups, n or 1) needed");
+  std::vector<float> room(outputs ? stack * groups * n : 0);
+  float* to = outputs ? room.data() : sums->typed_data();
   each_strip(pool, stack, n, [&](int64_t s, int64_t first, int64_t columns) {
     for (int64_t g = 0; g < groups; g++) {
-      float* out = sums->typed_data() + (s * groups + g) * n + first;
+      float* out = to + (s * groups + g) * n + first;
       std::fill(out, out + columns, 0.0f);
       add(w.typed_data() + (s * in + g * group) * n + first, n, std::min(group, in - g * group),
           columns, out);
     }
   });
+  for (int64_t i = 0; outputs && i < stack * groups; i++) {
+    halve(to + i * n, n);
+    sums->typed_data()[i] = to[i * n];
+  }
   return ffi::Error::Success();
 }
 
@@ -195,7 +209,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_sums, Sums,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::BufferR3<ffi::F32>>()
                                   .Ret<ffi::BufferR3<ffi::F32>>()
-                                  .Attr<int64_t>("group"));
+                                  .Attr<int64_t>("group")
+                                  .Attr<bool>("outputs"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_quantise, Quantise,
                               ffi::Ffi::Bind()

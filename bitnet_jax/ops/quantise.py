@@ -22,23 +22,27 @@ def available() -> bool:
     return bool(_library().variants)
 
 
-def sums(w: jax.Array, group: int) -> jax.Array:
+def sums(w: jax.Array, group: int, outputs: bool = False) -> jax.Array:
     """Sum of |w| over the inputs of a group, in their order.
 
     Args:
       w: float32 (stack, in, out).
       group: inputs that share a sum; 0 for all.
+      outputs: also over the outputs, as `bitnet_jax.reduce.over_outputs` does.
 
     Returns:
-      float32 (stack, groups, out).
+      float32 (stack, groups, out), or (stack, groups, 1).
 
     >>> w = jnp.array([[[1.0], [-2.0], [3.0]]])
     >>> sums(w, 2).tolist() if available() else [[[3.0], [3.0]]]
     [[[3.0], [3.0]]]
     """
     stack, size, out = w.shape
-    result = jax.ShapeDtypeStruct((stack, -(-size // (group or max(size, 1))), out), jnp.float32)
-    return jax.ffi.ffi_call("bitnet_sums", result, vmap_method="sequential")(w, group=group)
+    shape = (stack, -(-size // (group or max(size, 1))), 1 if outputs else out)
+    # Made of w, so that shard_map knows along which mesh axes it differs.
+    result = jax.eval_shape(lambda w: jnp.zeros(shape, jnp.float32) + w.sum(), w)
+    call = jax.ffi.ffi_call("bitnet_sums", result, vmap_method="sequential")
+    return call(w, group=group, outputs=outputs)
 
 
 def pack(
