@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from .ops import quantise
 
@@ -57,7 +58,10 @@ def sizes_over(blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     [[[3.0]]]
     """
     by_xla = lambda x: over(lambda w: (jnp.abs(w),), jnp.add, x, axes)[0]
-    if blocks.size < LARGE or blocks.shape[-2] == 1 or not quantise.available():
+    small = blocks.size < LARGE or blocks.shape[-2] == 1
+    # An op of ours cannot say how its result lies on a mesh whose axes are part of types.
+    explicit = AxisType.Explicit in jax.typeof(blocks).sharding.mesh.axis_types
+    if small or explicit or not quantise.available():
         return by_xla(blocks)
 
     def native(x):
@@ -71,7 +75,9 @@ def sizes_over(blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def _over_inputs(f: Callable, op: Callable, blocks: jax.Array, *beside: jax.Array):
     *lead, groups, size, out = blocks.shape
     kinds = jax.eval_shape(f, blocks, *beside)
-    totals = tuple(jnp.zeros((*lead, groups, 1, out), kind.dtype) for kind in kinds)
+    # Zeros, made of blocks so that shard_map knows along which mesh axes the sums differ.
+    zeros = jnp.minimum(jnp.abs(blocks[..., :1, :]), 0)
+    totals = tuple(zeros.astype(kind.dtype) for kind in kinds)
     at = lambda group, row=0: (0,) * len(lead) + (group, row, 0)
     of = lambda group, a: lax.dynamic_slice(a, at(group), (*lead, 1, 1, a.shape[-1]))
 

@@ -13,9 +13,9 @@ from bitnet_jax.ops import quantise
 from bitnet_jax.packed import pack_weight
 from bitnet_jax.quantize import codes_by_cut, cut_of, quantize_kernel
 from bitnet_jax.quantpack import quantize_packed
-from bitnet_jax.reduce import LARGE, over, over_outputs
+from bitnet_jax.reduce import LARGE, over, over_outputs, sizes_over
 
-from .battery import normal
+from .battery import normal, run_python
 
 needs_native = pytest.mark.skipif(not quantise.available(), reason=quantise.status())
 
@@ -85,6 +85,9 @@ def test_sums_are_taken_in_the_order_of_the_inputs(shape):
     if quantise.available():
         flat = w.reshape(1, -1, shape[-1])
         assert_array_equal(jax.jit(quantise.sums, static_argnums=1)(flat, shape[1])[0], found[:, 0])
+    for axes in ((-2,), (-2, -1)):  # in C++ where there is a compiler, beside the loops
+        (loops,) = jax.jit(lambda w, axes=axes: over(lambda x: (x,), jnp.add, w, axes))(w)
+        assert_array_equal(jax.jit(lambda w, axes=axes: sizes_over(-w, axes))(w), loops)
 
 
 def test_outputs_are_added_half_by_half():
@@ -101,3 +104,26 @@ def test_without_the_op_xla_does_it(monkeypatch):
     before = quantize_packed(w, scheme)
     monkeypatch.setattr(quantise, "available", lambda: False)
     same(quantize_packed(w, scheme), before)
+
+
+def test_large_weights_on_meshes():
+    """A stack of matrices over two devices has the codes and scales of one, by every way there."""
+    run_python(
+        """
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from bitnet_jax import Scheme, quantize_weights
+w = np.random.default_rng(0).standard_normal((2, 512, 384)).astype(np.float32)
+for scheme in (Scheme(), Scheme("twn", "channel")):
+    f = lambda w: quantize_weights(w, scheme)
+    want = jax.tree.leaves(jax.jit(f)(w))
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+        put = jax.device_put(w, NamedSharding(mesh, P("d")))
+        ways = [f, jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d"))]
+        for way in ways[: 2 if kind == AxisType.Auto else 1]:
+            for a, b in zip(jax.tree.leaves(jax.jit(way)(put)), want):
+                np.testing.assert_array_equal(a, b)
+""",
+        devices=2,
+    )
