@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .leaf import Int4, Int8, Quantized, Sparse, Ternary
-from .reduce import over, sizes_over
+from .reduce import abs_sum, over
 
 # Clamp of the mean |w| below which a scale would divide by (almost) zero. BitNet b1.58 clamps at
 # 1e-5 ("The Era of 1-bit LLMs: Training Tips, Code and FAQ"), the sandbox's layer at 1e-8.
@@ -136,7 +136,7 @@ def quantize_weights(w: jax.Array, scheme: Scheme = Scheme()) -> Quantized:
 def _round_to_ternary(blocks: jax.Array, rows: jax.Array, axes: tuple[int, ...], scheme: Scheme):
     """Codes (..., groups, group, out) and scale (..., groups, 1, out or 1) of a ternary rule."""
     count = rows * blocks.shape[-1] if -1 in axes else rows
-    total = sizes_over(blocks, axes)
+    total = abs_sum(blocks, axes)
     mean = mean_of(total, count, scheme)
     if scheme.rule == "sherry":
         codes = _smallest_of_four_to_zero(blocks, rows)

@@ -22,7 +22,12 @@ _ROWS = 16  # added in one turn; more outgrow the registers
 
 
 def over(
-    f: Callable, op: Callable, blocks: jax.Array, axes: tuple[int, ...], *beside: jax.Array
+    f: Callable,
+    op: Callable,
+    blocks: jax.Array,
+    axes: tuple[int, ...],
+    *beside: jax.Array,
+    cpu: Callable | None = None,
 ) -> tuple[jax.Array, ...]:
     """Reduce f(blocks, *beside) over the inputs, and the outputs too where axes has them.
 
@@ -32,6 +37,7 @@ def over(
       blocks: float32 (..., groups, group, out).
       axes: (-2,), or (-2, -1).
       beside: (..., groups, 1, out or 1) each.
+      cpu: what gives the same on a CPU, for large blocks, in the place of the loops.
 
     Returns:
       (..., groups, 1, out), or (..., groups, 1, 1), one for each of f's results.
@@ -41,43 +47,46 @@ def over(
     """
     reduce = jnp.sum if op is jnp.add else functools.partial(jnp.max, initial=0)
     plain = lambda *x: tuple(reduce(y, axis=axes, keepdims=True) for y in f(*x))
-    if blocks.size < LARGE or blocks.shape[-2] == 1:
+    if not _is_large(blocks):
         return plain(blocks, *beside)
 
     def by_rows(*x):
         totals = _over_inputs(f, op, *x)
         return tuple(over_outputs(op, y) for y in totals) if -1 in axes else totals
 
-    return lax.platform_dependent(blocks, *beside, cpu=by_rows, default=plain)
+    return lax.platform_dependent(blocks, *beside, cpu=cpu or by_rows, default=plain)
 
 
-def sizes_over(blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Sum of |blocks|, as `over` takes it, in C++ where there is a compiler.
+def abs_sum(blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Sum of |blocks|, as `over` takes it; of large ones on a CPU in C++ where a compiler is there.
 
-    >>> sizes_over(jnp.array([[[1.0], [-2.0]]]), (-2,)).tolist()
+    Over the outputs too, for XLA would add the halves of `over_outputs` again for all who use them.
+
+    >>> abs_sum(jnp.array([[[1.0], [-2.0]]]), (-2,)).tolist()
     [[[3.0]]]
     """
-    by_xla = lambda x: over(lambda w: (jnp.abs(w),), jnp.add, x, axes)[0]
-    small = blocks.size < LARGE or blocks.shape[-2] == 1
     # An op of ours cannot say how its result lies on a mesh whose axes are part of types.
     explicit = AxisType.Explicit in jax.typeof(blocks).sharding.mesh.axis_types
-    if small or explicit or not quantise.available():
-        return by_xla(blocks)
 
     def native(x):
         *lead, size, out = x.shape
         sums = quantise.sums(x.reshape(-1, size, out), 0, -1 in axes)
-        return sums.reshape(*lead, 1, sums.shape[-1])
+        return (sums.reshape(*lead, 1, sums.shape[-1]),)
 
-    return lax.platform_dependent(blocks, cpu=native, default=by_xla)
+    here = _is_large(blocks) and not explicit and quantise.available()
+    size = lambda x: (jnp.abs(x),)
+    return over(size, jnp.add, blocks, axes, cpu=native if here else None)[0]
+
+
+def _is_large(blocks: jax.Array) -> bool:
+    return blocks.size >= LARGE and blocks.shape[-2] != 1
 
 
 def _over_inputs(f: Callable, op: Callable, blocks: jax.Array, *beside: jax.Array):
     *lead, groups, size, out = blocks.shape
     kinds = jax.eval_shape(f, blocks, *beside)
-    # Zeros, made of blocks so that shard_map knows along which mesh axes the sums differ.
-    zeros = jnp.minimum(jnp.abs(blocks[..., :1, :]), 0)
-    totals = tuple(zeros.astype(kind.dtype) for kind in kinds)
+    # Like blocks, so that shard_map knows along which mesh axes the sums differ.
+    totals = tuple(jnp.zeros_like(blocks[..., :1, :], kind.dtype) for kind in kinds)
     at = lambda group, row=0: (0,) * len(lead) + (group, row, 0)
     of = lambda group, a: lax.dynamic_slice(a, at(group), (*lead, 1, 1, a.shape[-1]))
 
