@@ -587,6 +587,7 @@ def test_compress_takes_a_float_folder(tmp_path):
     [
         (["--to", "gguf", "--latent"], "--latent is for --to hf"),
         (["--to", "hf", "--form", "qdq"], "--form is for --to onnx"),
+        (["--to", "gguf", "--cache"], "--cache is for --to onnx"),
         (["--to", "hf", "--latent"], "no latent weights"),
     ],
 )

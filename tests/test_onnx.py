@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import platform
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitnet_jax import BitnetError, Policy, Scheme, convert, quantize_weights
+from bitnet_jax import BitnetError, Policy, Scheme, cli, convert, quantize_weights
 from bitnet_jax.interop.onnx import FORMS, codes_of, save
 from bitnet_jax.interop.onnx.blocks import Blocks, exact_blocks, pack_blocks, unpack_blocks
-from bitnet_jax.interop.onnx.graph import Graph
+from bitnet_jax.interop.onnx.graph import Graph, Value
 from bitnet_jax.interop.onnx.products import PRODUCTS
 from bitnet_jax.leaf import Int4, Int8, Packed, Ternary, is_quantized
 from bitnet_jax.models.decoder import DecoderConfig
-from bitnet_jax.models.folder import ModelFolder, PythonModule
+from bitnet_jax.models.folder import ModelFolder, PythonModule, save_model
 from bitnet_jax.models.generate import generate
 from bitnet_jax.models.phase3_config import Phase3Config
 from bitnet_jax.packed import unpack_weight
@@ -150,6 +152,80 @@ def test_greedy_generation_is_ours(tmp_path, form):
     np.testing.assert_array_equal(tokens, generate(model.model, model.params, prompt, 12))
 
 
+TEXTS = [IDS[0, :5].tolist(), IDS[1, :2].tolist(), IDS[2].tolist()]
+
+
+def cached(path):
+    """Token ids and mask to logits, with the cache kept from call to call."""
+    loaded = session(path)
+    shapes = {x.name: x.shape for x in loaded.get_inputs() if x.name.startswith("past_key_values.")}
+    names, kept = [x.name for x in loaded.get_outputs()], {}
+
+    def step(ids, mask):
+        past = kept or {
+            name: np.zeros((len(ids), heads, 0, size), np.float32)
+            for name, (_, heads, _, size) in shapes.items()
+        }
+        found = loaded.run(None, {"input_ids": ids, "attention_mask": mask, **past})
+        found = dict(zip(names, found))
+        kept.update((name, found[name.replace("past_key_values", "present")]) for name in shapes)
+        return found["logits"]
+
+    return step
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("config", [BITNET, QWEN])
+def test_with_a_cache_any_cut_of_a_text_gives_its_logits(tmp_path, form, config):
+    arguments = config, Scheme("twn", "channel"), Policy()
+    step = cached(save(decoder(*arguments), tmp_path / "out", form, cache=True).path)
+    cuts = ((0, 4), (4, 5), (5, 11))
+    found = np.concatenate([step(IDS[:, a:b], np.ones((3, b), np.int64)) for a, b in cuts], axis=1)
+    ours = logits_of(*arguments)
+    assert np.linalg.norm(found - ours) <= 1e-2 * np.linalg.norm(ours)
+    assert (np.abs(found - ours).max(-1) <= 1e-5 * np.abs(ours).max()).mean() >= 0.75
+
+
+def test_texts_of_different_lengths_are_filled_up_on_the_left(tmp_path):
+    """Each row computes what its text does alone, whatever stands where the mask is 0."""
+    model = decoder(DEEP, Scheme("twn", "channel"), Policy())
+    step = cached(save(model, tmp_path / "out", cache=True).path)
+    longest = max(map(len, TEXTS))
+    mask = np.array([[0] * (longest - len(text)) + [1] * len(text) for text in TEXTS])
+    rows = np.array([[7] * (longest - len(text)) + text for text in TEXTS])
+    logits = [step(rows, mask)]
+    for _ in range(6):
+        mask = np.pad(mask, [(0, 0), (0, 1)], constant_values=1)
+        logits.append(step(logits[-1][:, -1:].argmax(-1), mask))
+    found = np.concatenate([x[:, -1:].argmax(-1) for x in logits], axis=1)
+    for text, row in zip(TEXTS, found):
+        ours = generate(model.model, model.params, jnp.asarray([text]), 7)
+        np.testing.assert_array_equal(row, ours[0, len(text) :])
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="there are no wheels"
+)
+@pytest.mark.parametrize("config", [DEEP, BITNET, QWEN])
+def test_onnxruntime_genai_generates_from_the_folder(tmp_path, config):
+    import onnxruntime_genai as genai
+
+    model, path = decoder(config, Scheme("twn", "channel"), Policy()), str(tmp_path / "out")
+    save_model(tmp_path / "model", model)
+    export = ["export", str(tmp_path / "model"), "--to", "onnx", "--cache", "--out", path]
+    assert cli.main(export) == 0
+    loaded = genai.Model(path)
+    assert genai.Tokenizer(loaded).encode("def f(x)").tolist() == TOKENIZER.encode("def f(x)").ids
+    options = genai.GeneratorParams(loaded)
+    options.set_search_options(max_length=13, min_length=13, batch_size=2, do_sample=False)
+    generator = genai.Generator(loaded, options)
+    generator.append_tokens(IDS[:2, :5].astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    ours = generate(model.model, model.params, jnp.asarray(IDS[:2, :5]), 8)
+    np.testing.assert_array_equal([generator.get_sequence(i) for i in range(2)], ours)
+
+
 # Bits a weight: of a code, an eighth more of it for the free places of blocks, and an eighth of a
 # bit for scales. What is the same for all layers of a shape, and the nodes, is 80 kB at most.
 @pytest.mark.parametrize(
@@ -164,7 +240,7 @@ def test_the_file_is_small(tmp_path, form, bits):
     file = (report.path / "model.onnx").stat().st_size
     other = tree["embed"]["embedding"].nbytes + 2 * 3 * 256
     assert weights * int(bits) / 8 < file - other <= weights * bits / 8 + 80_000
-    assert report.bytes == file + (report.path / "tokenizer.json").stat().st_size
+    assert report.bytes == sum(path.stat().st_size for path in report.path.iterdir())
 
 
 def test_the_folder_and_its_report(tmp_path):
@@ -174,7 +250,9 @@ def test_the_folder_and_its_report(tmp_path):
     assert (report.target, report.path) == ("onnx", tmp_path / "out")
     assert "2 bits" in report.form and "4bit is faster" in report.notes[0]
     names = sorted(path.name for path in report.path.iterdir())
-    assert names == ["generation_config.json", "model.onnx", "tokenizer.json"]
+    assert names == [
+        "generation_config.json", "model.onnx", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
     assert (report.path / "tokenizer.json").read_text() == TOKENIZER.to_str()
     half = dataclasses.replace(model, config=dataclasses.replace(LLAMA, dtype="bfloat16"))
     assert "bfloat16" in save(half, tmp_path / "half", "int8").notes[0]
@@ -221,15 +299,13 @@ def test_products_of_any_shape_are_exact(size, out, kind, group, wide, form):
 def product(form, leaf, x):
     """x times a leaf, computed by onnxruntime in a graph of this product alone."""
     g = Graph()
-    y = PRODUCTS[form](g, "input_ids", "kernel", leaf)
-    model = g.model("input_ids", leaf.codes.shape[1], y, {})
-    shape = ["batch", "length", x.shape[-1]]
-    model.graph.input[0].type.CopyFrom(
-        onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, shape)
-    )
+    y = PRODUCTS[form](g, "x", "kernel", leaf)
+    shape = lambda size: ("batch", "length", size)
+    made = Value(shape(leaf.codes.shape[1]), made=y)
+    model = g.model({"x": Value(shape(x.shape[-1]))}, {"y": made}, {})
     cpu = ["CPUExecutionProvider"]
     loaded = onnxruntime.InferenceSession(model.SerializeToString(), providers=cpu)
-    return loaded.run(None, {"input_ids": x})[0]
+    return loaded.run(None, {"x": x})[0]
 
 
 @given(SIZES, st.integers(1, 20), st.sampled_from([2, 4, 8]), st.integers(0, 9))

@@ -35,6 +35,9 @@ class Export:
     """For hf: of what is not packed, and of the computation; by default the smallest exact one."""
     form: Literal["2bit", "4bit", "int8", "qdq"] | None = None
     """For onnx: how a ternary matrix is stored; 2bit by default, qdq for TensorRT."""
+    cache: bool = False
+    """For onnx: keys and values of earlier tokens go in and out, to generate from; also for
+    onnxruntime-genai."""
     scale_tensors: bool = False
     """For gguf: scales of whole matrices as tensors of their own, exact, for llama.cpp of 2026."""
     module: Annotated[str | None, tyro.conf.arg(metavar="FILE.py:NAME")] = None
@@ -78,8 +81,15 @@ def _onnx(source, command: Export, console: Console):
     from ..interop.foreign import format_module
 
     options = {} if command.form is None else {"form": command.form}
-    return format_module("onnx").save(source, command.out, console=console, **options)
+    save = format_module("onnx").save
+    return save(source, command.out, cache=command.cache, console=console, **options)
 
 
 TARGETS: dict[Target, Callable] = {"hf": _hf, "gguf": _gguf, "onnx": _onnx}
-_ONLY_FOR = {"latent": "hf", "dtype": "hf", "form": "onnx", "scale_tensors": "gguf"}
+_ONLY_FOR = {
+    "latent": "hf",
+    "dtype": "hf",
+    "form": "onnx",
+    "cache": "onnx",
+    "scale_tensors": "gguf",
+}

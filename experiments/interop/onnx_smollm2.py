@@ -46,6 +46,24 @@ def greedy(session: onnxruntime.InferenceSession, tokens: np.ndarray, steps: int
     return tokens, steps / (time.perf_counter() - start)
 
 
+def greedy_cached(session: onnxruntime.InferenceSession, tokens: np.ndarray, steps: int):
+    """The same from a graph with a cache: every token is read once."""
+    past = {
+        x.name: np.zeros((len(tokens), x.shape[1], 0, x.shape[3]), np.float32)
+        for x in session.get_inputs()
+        if x.name.startswith("past_key_values.")
+    }
+    names, new = [x.name for x in session.get_outputs()], tokens
+    start = time.perf_counter()
+    for _ in range(steps):
+        given = {"input_ids": new, "attention_mask": np.ones_like(tokens), **past}
+        found = dict(zip(names, session.run(None, given)))
+        past = {name: found[name.replace("past_key_values", "present")] for name in past}
+        new = found["logits"][:, -1:].argmax(-1)
+        tokens = np.concatenate([tokens, new], axis=1)
+    return tokens, steps / (time.perf_counter() - start)
+
+
 def main(
     prompt: str = "The capital of France is the city of Paris, which lies on the river",
     steps: int = 8,
@@ -65,17 +83,21 @@ def main(
     print(json.dumps({"ours": source.tokenizer.decode(continued.tolist())}))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    cpu = ["CPUExecutionProvider"]
     for form in FORMS:
         with tempfile.TemporaryDirectory() as room:
             report = save(model, Path(room) / "out", form)
-            session = onnxruntime.InferenceSession(
-                report.path / "model.onnx", options, providers=["CPUExecutionProvider"]
-            )
+            file = report.path / "model.onnx"
+            session = onnxruntime.InferenceSession(file, options, providers=cpu)
+            file = save(model, Path(room) / "cached", form, cache=True).path / "model.onnx"
+            cached = onnxruntime.InferenceSession(file, options, providers=cpu)
         found = session.run(None, {"input_ids": tokens})[0]
         text, speed = greedy(session, tokens, steps)
         same = int((text[0] == continued).cumprod().sum()) - tokens.shape[1]
         told = {"form": form, "megabytes": round(report.bytes / 1e6, 1), **distance(found, ours)}
         told |= {"tokens_per_second": round(speed, 2), "same_greedy_tokens": same}
+        text_cached, speed = greedy_cached(cached, tokens, steps)
+        told |= {"cached": round(speed, 2), "cached_is_same": bool((text_cached == text).all())}
         print(json.dumps({**told, "text": source.tokenizer.decode(text[0].tolist())}), flush=True)
 
 

@@ -1,6 +1,7 @@
 """An ONNX graph under construction: values by name, constants made where they are used."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,21 @@ except ModuleNotFoundError as e:  # one clear line, instead of Python's
 OPSET, IR_VERSION = 21, 10
 # Operators that are onnxruntime's own, by name.
 _DOMAINS = {"MatMulNBits": "com.microsoft"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """What a graph is given or gives.
+
+    Attributes:
+      shape: numbers, and names for axes that are free.
+      dtype: ONNX's number for it.
+      made: of what the graph gives: the result that is it.
+    """
+
+    shape: tuple[int | str, ...]
+    dtype: int = onnx.TensorProto.FLOAT
+    made: str = ""
 
 
 class Graph:
@@ -76,13 +92,22 @@ class Graph:
         name = f"constant/{x.dtype.name}/{'x'.join(map(str, x.shape))}/{x.tobytes().hex()}"
         return self.constant(name, x)
 
-    def model(self, ids: str, vocab_size: int, logits: str, metadata: dict[str, str]) -> Any:
-        """The whole graph, from ``ids`` int64 (batch, length) to ``logits``, which it names so."""
-        axes = ["batch", "length"]
-        given = helper.make_tensor_value_info(ids, onnx.TensorProto.INT64, axes)
-        made = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [*axes, vocab_size])
-        nodes = [*self.nodes, helper.make_node("Identity", [logits], ["logits"], "logits")]
-        graph = helper.make_graph(nodes, "decoder", [given], [made], list(self.constants.values()))
+    def model(
+        self, inputs: Mapping[str, Value], outputs: Mapping[str, Value], metadata: dict[str, str]
+    ) -> Any:
+        """The whole graph.
+
+        Args:
+          inputs: what it is given, by the names that nodes use.
+          outputs: what it gives, by the names that others will use.
+          metadata: what the file says of itself.
+        """
+        told = lambda values: [
+            helper.make_tensor_value_info(name, x.dtype, x.shape) for name, x in values.items()
+        ]
+        named = [helper.make_node("Identity", [x.made], [k], k) for k, x in outputs.items()]
+        nodes, constants = [*self.nodes, *named], list(self.constants.values())
+        graph = helper.make_graph(nodes, "decoder", told(inputs), told(outputs), constants)
         opsets = [helper.make_opsetid("", OPSET)]
         opsets += [helper.make_opsetid(domain, 1) for domain in set(_DOMAINS.values())]
         model = helper.make_model(

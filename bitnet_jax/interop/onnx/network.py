@@ -15,10 +15,11 @@ from ...models.decoder import DecoderConfig, frequencies
 from ...packed import unpack_weight
 from ...progress import counter
 from ...quantize import Scheme, quantize_weights
-from .graph import Graph, onnx
+from .graph import Graph, Value, onnx
 from .products import PRODUCTS, blocks_of, rounded, values
 
-_FLOAT = onnx.TensorProto.FLOAT
+IDS, MASK = "input_ids", "attention_mask"
+_FLOAT, _INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 _BITS = {"2bit": 2, "4bit": 4}  # of a ternary code, in the forms of MatMulNBits
 
 
@@ -28,22 +29,36 @@ class Network:
     Attributes:
       graph: the nodes so far.
       leaves: path to what `read.codes_of` needs to know of each quantised matrix.
+      inputs: what the graph is given, by name.
+      outputs: what it gives, by name.
     """
 
-    def __init__(self, config: DecoderConfig, scheme: Scheme | None, params: Any, form: str):
-        self.config, self.scheme, self.params, self.form = config, scheme, params, form
+    def __init__(
+        self,
+        config: DecoderConfig,
+        scheme: Scheme | None,
+        params: Any,
+        form: str,
+        cache: bool = False,
+    ):
+        self.config, self.scheme, self.params = config, scheme, params
+        self.form, self.cache = form, cache
         self.graph, self.leaves = Graph(), {}
+        self.inputs = {IDS: Value(("batch", "length"), _INT64)}
+        self.outputs: dict[str, Value] = {}
+        if cache:
+            self.inputs[MASK] = Value(("batch", "total"), _INT64)
 
-    def build(self, ids: str, console: Console | None) -> str:
-        """Logits of token ids (batch, length)."""
-        g = self.graph
-        x = self.embedded(ids)
-        positions = g.op("Range", 0, g.op("Gather", g.op("Shape", ids), 1), 1)
-        with counter(console, "write", self.config.layers) as done:
-            for i in range(self.config.layers):
-                x = self.block(x, f"layer_{i}", positions)
+    def build(self, console: Console | None) -> None:
+        """Logits of token ids (batch, length), and the cache of all layers where there is one."""
+        x, c = self.embedded(IDS), self.config
+        with counter(console, "write", c.layers) as done:
+            for i in range(c.layers):
+                x = self.block(x, i)
                 done()
-        return self.head(self.norm(x, "norm/scale"))
+        logits = self.head(self.norm(x, "norm/scale"))
+        made = Value(("batch", "length", c.vocab_size), made=logits)
+        self.outputs = {"logits": made, **self.outputs}
 
     def take(self, path: str) -> Any:
         node = self.params
@@ -128,10 +143,10 @@ class Network:
         root = g.op("Sqrt", g.op("Add", mean, float(self.config.norm_eps)))
         return g.op("Mul", g.op("Div", x, root), self.floats(path))
 
-    def block(self, x: str, layer: str, positions: str) -> str:
-        g = self.graph
+    def block(self, x: str, i: int) -> str:
+        g, layer = self.graph, f"layer_{i}"
         y = self.norm(x, f"{layer}/attention_norm/scale")
-        x = g.op("Add", x, self.attention(y, f"{layer}/attention", positions))
+        x = g.op("Add", x, self.attention(y, f"{layer}/attention", i))
         y = self.norm(x, f"{layer}/mlp_norm/scale")
         return g.op("Add", x, self.mlp(y, f"{layer}/mlp"))
 
@@ -148,23 +163,35 @@ class Network:
         y = self.norm(y, f"{path}/sub_norm/scale") if c.sub_norms else y
         return self.dense(y, f"{path}/down", self.scheme)
 
-    def attention(self, x: str, path: str, positions: str) -> str:
+    def attention(self, x: str, path: str, i: int) -> str:
         """Causal attention; a key head and the query heads it serves are one batch of products."""
         g, c = self.graph, self.config
         each = c.heads // c.kv_heads
         query = self.heads(x, path, "query", c.heads)
         key = self.heads(x, path, "key", c.kv_heads)
         value = self.heads(x, path, "value", c.kv_heads, turned=False)
-        query, key = (self.rotary(y, positions) for y in (query, key))
+        query, key = self.rotary(query), self.rotary(key)
+        key, value = self.cached(key, f"{i}.key"), self.cached(value, f"{i}.value")
         query = g.op("Reshape", query, [0, c.kv_heads, each, -1, c.head_dim])
         key = g.op("Unsqueeze", g.op("Transpose", key, perm=[0, 1, 3, 2]), [2])
         scores = g.op("Mul", g.op("MatMul", query, key), float(c.head_dim) ** -0.5)
-        scores = g.op("Where", self.seen(positions), scores, -1e30)
+        scores = g.op("Where", self.seen(), scores, -1e30)
         y = g.op("MatMul", g.op("Softmax", scores, axis=-1), g.op("Unsqueeze", value, [2]))
         y = g.op("Reshape", y, [0, c.heads, -1, c.head_dim])
         y = g.op("Reshape", g.op("Transpose", y, perm=[0, 2, 1, 3]), [0, 0, c.heads * c.head_dim])
         y = self.norm(y, f"{path}/sub_norm/scale") if c.sub_norms else y
         return self.dense(y, f"{path}/out", self.scheme)
+
+    def cached(self, new: str, name: str) -> str:
+        """Keys or values (batch, kv_heads, length, head_dim), behind those of earlier tokens."""
+        if not self.cache:
+            return new
+        before, c = f"past_key_values.{name}", self.config
+        all_ = self.graph.op("Concat", before, new, axis=2)
+        shape = lambda axis: ("batch", c.kv_heads, axis, c.head_dim)
+        self.inputs[before] = Value(shape("past"))
+        self.outputs[f"present.{name}"] = Value(shape("total"), made=all_)
+        return all_
 
     def heads(self, x: str, path: str, name: str, count: int, turned: bool = True) -> str:
         """A projection as (batch, heads, length, head_dim), normalised where the model does."""
@@ -174,20 +201,53 @@ class Network:
         y = self.norm(y, f"{path}/{name}_norm/scale") if c.qk_norm and turned else y
         return g.op("Transpose", y, perm=[0, 2, 1, 3])
 
-    def seen(self, positions: str) -> str:
-        """Which (query, key) count: keys no later than the query, bool (length, length)."""
+    def places(self) -> tuple[str, str]:
+        """Numbers of the tokens, and of all there are with earlier ones: (length,) and (total,)."""
         g = self.graph
-        make = lambda: g.op("LessOrEqual", positions, g.op("Unsqueeze", positions, [1]))
+
+        def make():
+            length = g.op("Gather", g.op("Shape", IDS), 1)
+            if not self.cache:
+                return (g.op("Range", 0, length, 1),) * 2
+            total = g.op("Gather", g.op("Shape", MASK), 1)
+            new = g.op("Range", g.op("Sub", total, length), total, 1)
+            return new, g.op("Range", 0, total, 1)
+
+        return g.once("places", make)
+
+    def positions(self) -> str:
+        """Of each token, (batch or 1, length); with a cache only what the mask has counts."""
+        g, (new, _) = self.graph, self.places()
+        if not self.cache:
+            return g.op("Unsqueeze", new, [0])
+        counted = g.op("Max", g.op("Sub", g.op("CumSum", MASK, 1), 1), 0)
+        return g.op("Gather", counted, new, axis=1)
+
+    def seen(self) -> str:
+        """Which keys a query sees, no later ones and none the mask leaves out.
+
+        bool (length, total), with a cache (batch, 1, 1, length, total).
+        """
+        g = self.graph
+
+        def make():
+            new, all_ = self.places()
+            seen = g.op("LessOrEqual", all_, g.op("Unsqueeze", new, [1]))
+            if not self.cache:
+                return seen
+            there = g.op("Cast", g.op("Unsqueeze", MASK, [1, 2, 3]), to=onnx.TensorProto.BOOL)
+            return g.op("And", seen, there)
+
         return g.once("seen", make)
 
-    def rotary(self, x: str, positions: str) -> str:
+    def rotary(self, x: str) -> str:
         """`bitnet_jax.models.decoder.rotary` of (batch, heads, length, head_dim)."""
         g, c = self.graph, self.config
         half = c.head_dim // 2
 
         def make():
             radians = np.asarray(frequencies(half, c.rope_base, c.rope_scaling), np.float32)
-            at = g.op("Cast", g.op("Unsqueeze", positions, [1]), to=_FLOAT)
+            at = g.op("Cast", g.op("Unsqueeze", self.positions(), [1, 3]), to=_FLOAT)
             angles = g.op("Mul", at, g.constant("frequencies", radians))
             return g.op("Cos", angles), g.op("Sin", angles)
 

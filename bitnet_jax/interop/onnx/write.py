@@ -12,8 +12,11 @@ from rich.console import Console
 from ...checkpoint import size_on_disk
 from ...errors import BitnetError
 from ...models.decoder import DecoderConfig
-from ...models.folder import TOKENIZER, ModelFolder
+from ...models.folder import ModelFolder
 from ..export import ExportReport
+from ..hf.text import special_ids, write_tokenizer
+from .genai import FILE as GENAI
+from .genai import genai_config
 from .graph import onnx
 from .network import Network
 
@@ -35,14 +38,22 @@ def save(
     out: str | os.PathLike,
     form: Form = "2bit",
     *,
+    cache: bool = False,
     external_above: int = _LARGEST,
     console: Console | None = None,
 ) -> ExportReport:
-    """Write a folder with ``model.onnx`` and ``tokenizer.json``, all or nothing.
+    """Write a folder with ``model.onnx`` and its tokenizer, all or nothing.
 
     The graph takes ``input_ids`` int64 (batch, length) to ``logits`` float32 (batch, length,
     vocab_size), batch and length free, and computes what the model computes: activations rounded to
     int8 token by token, times codes, scales after the sum.
+
+    With ``cache`` it also takes ``attention_mask`` int64 (batch, total), 0 for tokens that are not
+    there, and each layer's ``past_key_values.{i}.key`` and ``.value`` float32 (batch, kv_heads,
+    past, head_dim), total = past + length; and gives them back with the new ones as
+    ``present.{i}.key`` and ``.value``. Those are the names that others use, and with the
+    ``genai_config.json`` that is written then onnxruntime-genai generates from the folder. A
+    token's position is the number of 1s before it: texts of a batch are filled up on the left.
 
     | form | a ternary matrix is                   | runs in                                     |
     |------|---------------------------------------|---------------------------------------------|
@@ -62,6 +73,7 @@ def save(
       model: a `Decoder`, float, latent (made ternary by its scheme, as when it runs) or packed.
       out: a new folder.
       form: the table above; a float model is the same in all of them.
+      cache: whether keys and values of earlier tokens go in and out.
       external_above: bytes of weights from which on they go to a file beside the graph, because
         ONNX's format ends at 2 GB.
       console: where to draw a progress bar; None for silence.
@@ -83,24 +95,23 @@ def save(
             f"ONNX: only a decoder of ours can be exported, float or ternary; this is a "
             f"{type(model.config).__name__.removesuffix('Config')} network"
         )
-    network = Network(model.config, model.scheme, model.params["params"], form)
-    logits = network.build("input_ids", console)
+    network = Network(model.config, model.scheme, model.params["params"], form, cache)
+    network.build(console)
     about = {
         "version": VERSION,
         "form": form,
         "config": dataclasses.asdict(model.config),
         "leaves": network.leaves,
     }
-    graph = network.graph.model(
-        "input_ids", model.config.vocab_size, logits, {KEY: json.dumps(about)}
-    )
+    graph = network.graph.model(network.inputs, network.outputs, {KEY: json.dumps(about)})
     room = out.with_name(f".{out.name}.saving-{os.getpid()}")
     try:
         room.mkdir(parents=True)
         _write(graph, room / FILE, external=network.graph.nbytes > external_above)
-        for name, data in model.files.items():
-            (room / name).write_bytes(data)
-        (room / TOKENIZER).write_text(model.tokenizer.to_str())
+        write_tokenizer(room, model.tokenizer, model.files, model.config.max_length)
+        if cache:
+            ids = special_ids(model.files, model.tokenizer)
+            (room / GENAI).write_text(json.dumps(genai_config(model.config, ids), indent=2) + "\n")
         room.rename(out)
     except OSError as e:
         raise BitnetError(f"{out}: cannot be written ({e.strerror or e})") from e
