@@ -180,7 +180,7 @@ def summary(result: dict) -> list[str]:
 
 def text(result: dict, width: int = 110, every_leaf: bool = False) -> str:
     """The report as plain text."""
-    console = Console(width=width, file=io.StringIO())
+    console = Console(width=width, file=io.StringIO(), force_jupyter=False)
     console.print(score_table(result))
     for line in summary(result):
         console.print(line, highlight=False)

@@ -189,7 +189,7 @@ def table(result: dict) -> Table:
 def _write(out: Path, result: dict) -> None:
     """``report.json`` and ``report.txt``, the text with every leaf."""
 
-    console = Console(width=110, file=io.StringIO())
+    console = Console(width=110, file=io.StringIO(), force_jupyter=False)
     for line in summary(result):
         console.print(line, highlight=False)
     console.print(table(result))

@@ -54,4 +54,4 @@ def keep(out: Path | None, result: dict, table: Table, width: int = 100) -> None
         return
     out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     with out.with_suffix(".txt").open("w") as file:
-        Console(file=file, width=width).print(table)
+        Console(file=file, width=width, force_jupyter=False).print(table)
