@@ -7,7 +7,7 @@ same shape on both sides. PyTorch's ternary side is a straightforward BitLinear:
 8-bit activations computed in float, straight-through, `F.linear`. Steps are taken turn by turn in
 one process, so that a busy moment of the machine meets all of them. What is in bfloat16 takes a
 single step unless the CPU has units for it: without them a step of torch's autocast takes most of a
-minute. All run in one process whose malloc asks for large pages. Needs torch.
+minute. All run in one process whose malloc asks for large pages and keeps what is freed. Needs torch.
 
 `train-step-25m` is our ternary step as it comes, with float32 gradients; beside it the same with
 ``precision="tensorfloat32"``: grad-weight from gradients in 16 bits (`bitnet_jax.ops.training`).
@@ -104,17 +104,24 @@ def main(out: Path | None = None, repeats: int = 7, autocast: bool = True) -> No
     keep(out, result, table(result))
 
 
-def with_large_pages() -> None:
-    """Start again with glibc asking for large pages, which it reads once, at the start.
+# XLA takes the memory of a step's temporaries anew each time, and glibc gives it back in between:
+# 160,000 page faults, 0.4 s of CPU. With large pages 600, with memory kept none.
+TUNABLES = {
+    "hugetlb": 1,
+    "mmap_max": 0,
+    "trim_threshold": 2**34,
+    "arena_max": 1,
+}
 
-    XLA takes the memory of a step's temporaries anew each time: 160,000 page faults, 0.4 s of CPU.
-    """
-    name, value = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+
+def with_memory_kept() -> None:
+    """Start again with glibc's malloc told so, which it reads once, at the start."""
+    name, value = "GLIBC_TUNABLES", ":".join(f"glibc.malloc.{k}={v}" for k, v in TUNABLES.items())
     if name not in os.environ:
         arguments = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:]]
         os.execve(sys.executable, arguments, os.environ | {name: value})
 
 
 if __name__ == "__main__":
-    with_large_pages()
+    with_memory_kept()
     tyro.cli(main)

@@ -11,8 +11,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .leaf import Int4, Int8, Quantized, Sparse, Ternary
+from .ops import quantise
 from .reduce import abs_sum, over
 
 # Clamp of the mean |w| below which a scale would divide by (almost) zero. BitNet b1.58 clamps at
@@ -25,6 +27,8 @@ _SMALLEST_SCALE = {"absmean": 1e-5} | dict.fromkeys(
 _THRESHOLD = {"threshold": 0.1, "twn": 0.7}
 # Largest |x| of a token is at least this, so that a row of zeros has a finite scale (same paper).
 _SMALLEST_ACTIVATION = 1e-5
+# So many are worth the call of an op: XLA takes 13 microseconds for them on two Zen 3 cores.
+_MANY_ACTIVATIONS = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,8 +264,27 @@ def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     >>> codes.tolist(), round(float(scale[0, 0]), 6)
     ([[127, -64, 0]], 0.007874)
     """
+    x = jnp.asarray(x, jnp.float32)
+    if x.size < _MANY_ACTIVATIONS or not quantise.serves(x):
+        return _by_xla(x)
+    return lax.platform_dependent(x, cpu=_by_cpp, default=_by_xla)
+
+
+def _by_xla(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     codes, scale = _activation_codes(x, (-1,))
     return codes.astype(jnp.int8), scale
+
+
+@jax.custom_jvp
+def _by_cpp(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same bits in less than half the time, with nothing to compile for every layer anew.
+
+    A row with a NaN has the scale NaN; XLA's maximum loses some.
+    """
+    return quantise.codes(x, _SMALLEST_ACTIVATION)
+
+
+_by_cpp.defjvp(lambda primals, tangents: jax.jvp(_by_xla, primals, tangents))
 
 
 def _activation_codes(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

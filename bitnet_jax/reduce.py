@@ -12,7 +12,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
 from .ops import quantise
 
@@ -65,15 +64,13 @@ def abs_sum(blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     >>> abs_sum(jnp.array([[[1.0], [-2.0]]]), (-2,)).tolist()
     [[[3.0]]]
     """
-    # An op of ours cannot say how its result lies on a mesh whose axes are part of types.
-    explicit = AxisType.Explicit in jax.typeof(blocks).sharding.mesh.axis_types
 
     def native(x):
         *lead, size, out = x.shape
         sums = quantise.sums(x.reshape(-1, size, out), 0, -1 in axes)
         return (sums.reshape(*lead, 1, sums.shape[-1]),)
 
-    here = _is_large(blocks) and not explicit and quantise.available()
+    here = _is_large(blocks) and quantise.serves(blocks)
     size = lambda x: (jnp.abs(x),)
     return over(size, jnp.add, blocks, axes, cpu=native if here else None)[0]
 

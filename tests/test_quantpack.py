@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from bitnet_jax import Scheme
+from bitnet_jax import Scheme, quantize_activations
 from bitnet_jax.ops import quantise
 from bitnet_jax.packed import pack_weight
-from bitnet_jax.quantize import codes_by_cut, cut_of, quantize_kernel
+from bitnet_jax.quantize import _by_xla, codes_by_cut, cut_of, quantize_kernel
 from bitnet_jax.quantpack import quantize_packed
 from bitnet_jax.reduce import LARGE, abs_sum, over, over_outputs
 
@@ -99,6 +99,27 @@ def test_a_nan_stays_in_its_own_sums():
         assert_array_equal(a, np.add.accumulate(np.asarray(b), axis=-2)[..., -1:, :])
 
 
+@needs_native
+@pytest.mark.parametrize("shape", [(512, 40), (3, 100, 333), (1, 16384)])
+def test_activations_have_the_bits_of_xla(shape):
+    """Rows of all sizes, ties, infinities; by themselves, under vmap, and under grad."""
+    x = np.asarray(normal(7, *shape)) * np.exp(30 * np.asarray(normal(8, *shape[:-1], 1)))
+    x[0] = np.round(2 * x[0]) / 2
+    x.flat[-40] = np.inf
+    if shape[0] > 4:
+        x[1], x[2, 3], x[4] = 0, -np.inf, 127 * np.sign(x[4])
+    plain, ours = jax.jit(_by_xla), jax.jit(quantize_activations)
+    same(ours(x), plain(x))
+    assert "bitnet_codes" in ours.lower(x).as_text()
+    assert "bitnet_codes" not in ours.lower(x[:1, :1]).as_text()
+    stack = np.stack([x, -x])
+    same(jax.jit(jax.vmap(quantize_activations))(stack), plain(stack))
+    grad = lambda f: jax.jit(jax.grad(lambda x: f(x)[1].sum()))(normal(9, *shape))
+    assert_array_equal(grad(quantize_activations), grad(_by_xla))
+    x.flat[-1] = np.nan  # which XLA's maximum may lose
+    assert_array_equal(np.isnan(ours(x)[1]).ravel(), np.isnan(x).any(-1).ravel())
+
+
 def test_outputs_are_added_half_by_half():
     x = np.asarray(normal(4, 1, 13))
     y = x
@@ -115,16 +136,16 @@ def test_without_the_op_xla_does_it(monkeypatch):
     same(quantize_packed(w, scheme), before)
 
 
-def test_large_weights_on_meshes():
-    """A stack of matrices over two devices has the codes and scales of one, by every way there."""
+def test_large_weights_and_activations_on_meshes():
+    """A stack over two devices has the codes and scales of one, by every way there."""
     run_python(
         """
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from bitnet_jax import Scheme, quantize_weights
+from bitnet_jax import Scheme, quantize_activations, quantize_weights
 w = np.random.default_rng(0).standard_normal((2, 512, 384)).astype(np.float32)
-for scheme in (Scheme(), Scheme("twn", "channel")):
-    f = lambda w: quantize_weights(w, scheme)
+weights = [lambda w, s=s: quantize_weights(w, s) for s in (Scheme(), Scheme("twn", "channel"))]
+for f in (*weights, quantize_activations):
     want = jax.tree.leaves(jax.jit(f)(w))
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))

@@ -137,9 +137,10 @@ def rotary(
     """
     half = x.shape[-1] // 2
     angles = positions[..., None] * frequencies(half, base, scaling)
-    # Behind a barrier, or XLA would compute them again for every head and layer.
-    cos, sin = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
-    cos, sin = cos[..., None, :], sin[..., None, :]
+    # Times the identity, or XLA would compute them again for every head, layer and pass: on CPUs it
+    # drops barriers before it fuses, and a product is not fused.
+    once = lambda y: jnp.matmul(y, jnp.eye(half), precision="highest")[..., None, :]
+    cos, sin = once(jnp.cos(angles)), once(jnp.sin(angles))
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

@@ -1,5 +1,5 @@
 // Float weights to packed ternary codes on the CPU, as XLA FFI ops: one pass for the sums of |w|,
-// one for codes, bytes and the sums of what was kept.
+// one for codes, bytes and the sums of what was kept; and activations to int8, row by row.
 //
 // Every sum is of one output over its inputs, in their order, as reduce.py takes it, so that both
 // have the same bits. Outputs are neighbours in memory, so the compiler makes vectors of them.
@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "tasks.h"
@@ -98,11 +99,50 @@ static void quantise(const float* w, int64_t in, int64_t n, int64_t group, int64
   }
 }
 
+// A token's features to int8: codes = round(127 x / largest), half to even; returns the scale.
+FAST static float round_row(const float* __restrict x, int64_t n, float smallest,
+                            int8_t* __restrict codes) {
+  // Bits of |x| have the order of |x|, with NaN above all: a maximum of integers keeps it.
+  int32_t most;
+  std::memcpy(&most, &smallest, 4);
+  for (int64_t i = 0; i < n; i++) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    most = std::max(most, bits & 0x7fffffff);
+  }
+  float largest;
+  std::memcpy(&largest, &most, 4);
+  const float factor = 127.0f / largest;
+  for (int64_t i = 0; i < n; i++) {
+    const float y = std::nearbyint(x[i] * factor);
+    codes[i] = int8_t(int32_t(y == y ? y : 0.0f));
+  }
+  return largest * (1.0f / 127.0f);  // as XLA compiles largest / 127
+}
+
 // What build.py asks: there is one variant, the compiler's clones for instruction sets are inside it.
 extern "C" const char* bitnet_variant(int i) { return i ? nullptr : "quantise"; }
 
-// 1 if both passes give, on this CPU, what plain loops give, else 0.
+static bool rounds() {
+  for (int64_t n : {1, 7, 64, 333}) {
+    std::vector<float> x(n);
+    std::vector<int8_t> codes(n);
+    for (int64_t i = 0; i < n; i++) x[i] = (i % 2 ? -0.5f : 0.5f) * float((i * 37 + n) % 255);
+    float largest = 1;
+    for (float y : x) largest = std::max(largest, std::fabs(y));
+    const float factor = 127.0f / largest;
+    if (round_row(x.data(), n, 1, codes.data()) != largest * (1.0f / 127.0f)) return false;
+    for (int64_t i = 0; i < n; i++) {
+      volatile float y = x[i] * factor;
+      if (codes[i] != int(std::nearbyint(float(y)))) return false;
+    }
+  }
+  return true;
+}
+
+// 1 if all passes give, on this CPU, what plain loops give, else 0.
 extern "C" int bitnet_check(const char*) {
+  if (!rounds()) return 0;
   for (int64_t in : {1, 7, 64})
     for (int64_t group : {3, 4, 64}) {
       const int64_t n = 77, groups = (in + group - 1) / group, packed = (in + 3) / 4;
@@ -136,7 +176,7 @@ extern "C" int bitnet_check(const char*) {
   return 1;
 }
 
-// ---- The ops: w (stack, in, n), a group of 0 inputs means all of them ----------------------------
+// ---- The ops: w (stack, in, n), a group of 0 inputs means all of them; x (..., features) -------
 
 template <class F>
 static void each_strip(ffi::ThreadPool& pool, int64_t stack, int64_t n, F task) {
@@ -203,6 +243,29 @@ static ffi::Error Quantise(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> w,
   });
   return ffi::Error::Success();
 }
+
+static ffi::Error Codes(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                        ffi::Result<ffi::Buffer<ffi::S8>> codes,
+                        ffi::Result<ffi::Buffer<ffi::F32>> scale, float smallest) {
+  const int64_t rows = scale->element_count(), n = rows ? x.element_count() / rows : 0;
+  if (codes->element_count() != x.element_count() || size_t(rows * n) != x.element_count())
+    return ffi::Error::InvalidArgument("codes like x and a scale a row needed");
+  const int64_t step = std::max<int64_t>(1, 65536 / std::max<int64_t>(n, 1));
+  run(pool, (rows + step - 1) / step, [&](int64_t t) {
+    for (int64_t i = t * step; i < std::min(rows, (t + 1) * step); i++)
+      scale->typed_data()[i] =
+          round_row(x.typed_data() + i * n, n, smallest, codes->typed_data() + i * n);
+  });
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_codes, Codes,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S8>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("smallest"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_sums, Sums,
                               ffi::Ffi::Bind()

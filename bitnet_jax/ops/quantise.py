@@ -1,4 +1,4 @@
-"""Float weights to packed ternary codes in C++: each pass reads the weights once, on all threads.
+"""Float weights to packed ternary codes, and activations to int8, in C++, on all threads.
 
 Sums have the same bits as those of `bitnet_jax.reduce`. Compiled at first use, see
 `bitnet_jax.ops.build`; without a compiler `available` says no, and XLA does it.
@@ -6,10 +6,12 @@ Sums have the same bits as those of `bitnet_jax.reduce`. Compiled at first use, 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
 
 from . import build
 
-_library = build.opener("quantise.cpp", targets=("bitnet_sums", "bitnet_quantise"))
+_library = build.opener("quantise.cpp", targets=("bitnet_sums", "bitnet_quantise", "bitnet_codes"))
 
 
 def status() -> str:
@@ -20,6 +22,14 @@ def status() -> str:
 def available() -> bool:
     """Whether there is such an op here; compiles it if that was not done yet."""
     return bool(_library().variants)
+
+
+def serves(x: jax.Array) -> bool:
+    """Whether there is such an op for x, should it be on a CPU.
+
+    None of ours can say how its result lies on a mesh whose axes are part of types.
+    """
+    return AxisType.Explicit not in jax.typeof(x).sharding.mesh.axis_types and available()
 
 
 def sums(w: jax.Array, group: int, outputs: bool = False) -> jax.Array:
@@ -74,3 +84,24 @@ def pack(
     call = jax.ffi.ffi_call("bitnet_quantise", results, vmap_method="sequential")
     codes, total, number = call(w, cut, group=group, sums=kept)
     return codes, total, number
+
+
+def codes(x: jax.Array, smallest: float) -> tuple[jax.Array, jax.Array]:
+    """Activations to int8, one scale a row: codes = round(127 x / largest), scale = largest / 127.
+
+    Args:
+      x: float32 (..., features).
+      smallest: what ``largest``, of abs x, is at least.
+
+    Returns:
+      codes int8 (..., features) and scale float32 (..., 1), the bits that
+      `bitnet_jax.quantize_activations` has under jit.
+
+    >>> x = jnp.array([[1.0, -0.5, 0.0]])
+    >>> (codes(x, 1e-5)[0] if available() else jnp.array([[127, -64, 0]])).tolist()
+    [[127, -64, 0]]
+    """
+    like = lambda x: (x.astype(jnp.int8), x.sum(-1, keepdims=True))  # for shard_map, as in `sums`
+    call = jax.ffi.ffi_call("bitnet_codes", jax.eval_shape(like, x), vmap_method="broadcast_all")
+    found, scale = call(x, smallest=np.float32(smallest))
+    return found, scale
