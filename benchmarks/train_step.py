@@ -7,7 +7,8 @@ same shape on both sides. PyTorch's ternary side is a straightforward BitLinear:
 8-bit activations computed in float, straight-through, `F.linear`. Steps are taken turn by turn in
 one process, so that a busy moment of the machine meets all of them. What is in bfloat16 takes a
 single step unless the CPU has units for it: without them a step of torch's autocast takes most of a
-minute. All run in one process whose malloc asks for large pages and keeps what is freed. Needs torch.
+minute. All run in one process whose malloc asks for large pages and keeps what is freed. Needs
+torch.
 
 `train-step-25m` is our ternary step as it comes, with float32 gradients; beside it the same with
 ``precision="tensorfloat32"``: grad-weight from gradients in 16 bits (`bitnet_jax.ops.training`).
