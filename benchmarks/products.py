@@ -327,6 +327,7 @@ def plot(rows: list[dict], about: str, file: Path) -> None:
 def main(arguments: Arguments) -> None:
     """Measure the rows asked for, and put them in the place of their older ones in the results."""
     settle(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     import jax
 
     from bitnet_jax.ops import native
