@@ -402,6 +402,7 @@ static void look_up(const int16_t (*tables)[HEIGHT], const uint16_t (*index)[ROW
                     int16_t* sums) {
   for (int64_t c = 0; c < columns; c += 4, sums += 4 * HEIGHT) {
     Shorts sum[4 * PARTS];
+#pragma GCC unroll 8
     for (int i = 0; i < 4 * PARTS; i++) sum[i] = load<Shorts>(sums + i * VECTOR / 2);
 #pragma GCC unroll 8
     for (int t = 0; t < TABLES; t++) {
@@ -409,7 +410,7 @@ static void look_up(const int16_t (*tables)[HEIGHT], const uint16_t (*index)[ROW
       const char* table = (const char*)tables[81 * t];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        const char* entry = table + (four & 0xffff);
+        const char* entry = table + (i < 3 ? low_half(four) : four);
         four >>= 16;
         asm("" : "+r"(four));
 #pragma GCC unroll 2
@@ -419,6 +420,7 @@ static void look_up(const int16_t (*tables)[HEIGHT], const uint16_t (*index)[ROW
         }
       }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < 4 * PARTS; i++) store(sums + i * VECTOR / 2, sum[i]);
   }
 }
@@ -426,8 +428,9 @@ static void look_up(const int16_t (*tables)[HEIGHT], const uint16_t (*index)[ROW
 // out[r][c] = or += sums[c][r], and the sums start again: eight by eight, zipped as in `transpose`.
 template <bool add>
 static void put(int16_t* sums, int64_t columns, int64_t rows, int32_t* out, int64_t n) {
-  for (int64_t c = 0; c < columns; c += 8)
-    for (int r = 0; r < rows; r += 8) {
+  // Eight rows at a time: where n is a power of two, lines of more of them share a cache set.
+  for (int r = 0; r < rows; r += 8)
+    for (int64_t c = 0; c < columns; c += 8) {
       Shorts8 block[8], zipped[8];
       for (int i = 0; i < 8; i++) block[i] = load<Shorts8>(sums + (c + i) * HEIGHT + r);
       for (int round = 0; round < 3; round++) {
