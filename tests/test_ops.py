@@ -73,6 +73,19 @@ def test_shapes(op, rows, k, n):
 
 
 @pytest.mark.parametrize("isa", VARIANTS)
+@pytest.mark.parametrize(
+    "rows, k, n", [(1, 1030, 300), (3, 997, 264), (8, 4101, 77), (1, 35, 8192), (2, 259, 9000)]
+)
+def test_what_threads_share(isa, rows, k, n):
+    """Large enough for several: cut by inputs, or by outputs where there are very many."""
+    x, codes = draw(1, rows, k), draw(2, k, n, low=-1, high=2)
+    check(OPS[f"native-{isa}"], x, codes)
+    stack = np.stack([codes, -codes])
+    second = jax.jit(lambda x, codes, i: native.packed_product(x, codes, k, i, isa=isa))
+    np.testing.assert_array_equal(second(x, packed(stack), 1), -product(x, codes))
+
+
+@pytest.mark.parametrize("isa", VARIANTS)
 @settings(max_examples=60)
 @given(
     st.integers(1, 40), st.integers(1, 300), st.integers(1, 200), st.integers(0, 99),
