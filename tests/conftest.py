@@ -24,7 +24,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 _JOBS = (
     "test_phase3_jobs", "test_experiments", "test_compress", "test_phase4", "test_cli",
     "test_resume", "test_quality_bench", "test_bench", "test_decoder", "test_train", "test_subnorm",
-    "test_gguf", "test_gguf_llamacpp", "test_onnx",
+    "test_gguf", "test_gguf_llamacpp", "test_onnx", "test_calibrate", "test_generate",
+    "test_phase3_model", "test_nnx", "test_phase3_torch",
 )  # fmt: skip
 
 
