@@ -36,8 +36,7 @@ class Export:
     form: Literal["2bit", "4bit", "int8", "qdq"] | None = None
     """For onnx: how a ternary matrix is stored; 2bit by default, qdq for TensorRT."""
     cache: bool = False
-    """For onnx: keys and values of earlier tokens go in and out, to generate from; also for
-    onnxruntime-genai."""
+    """For onnx: keys and values go in and out, to generate from, as onnxruntime-genai does."""
     scale_tensors: bool = False
     """For gguf: scales of whole matrices as tensors of their own, exact, for llama.cpp of 2026."""
     module: Annotated[str | None, tyro.conf.arg(metavar="FILE.py:NAME")] = None
