@@ -166,6 +166,7 @@ def test_import_of_export_is_the_identity(tmp_path, more, scheme):
     report = hf.save(before, tmp_path / "out", shard_bytes=3000)
     assert report.bytes == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert len({f.stat().st_mode for f in (tmp_path / "out").iterdir()}) == 1
     after = hf.load(tmp_path / "out")
     assert after.config == before.config
     assert (after.scheme is None) == (scheme is None)

@@ -89,6 +89,8 @@ def test_the_torch_pair_is_the_same_network(home):
     module, variables = phase3.load(home / "out/phase5/model")
     for x, y in zip(jax.tree.leaves(dequantise(packed.params)), jax.tree.leaves(variables)):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+    modes = [(home / f"out/phase5/model{end}").stat().st_mode for end in (".json", ".safetensors")]
+    assert modes[0] == modes[1]  # whoever may read one may read the other
     # A strict load_state_dict asks for the tied head by its own name too.
     tensors = load_file(home / "out/phase5/model.safetensors")
     np.testing.assert_array_equal(tensors["lm_head.weight"], tensors["backbone.token_emb.weight"])

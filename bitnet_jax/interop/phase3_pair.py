@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,11 @@ def save_pair(
         "has_extra_tensors": False,
         "extra_tensor_keys": [],
     }
+    weights, about = (base.with_name(base.name + end) for end in (".safetensors", ".json"))
     try:
-        save_file(tensors, base.with_name(base.name + ".safetensors"))
-        base.with_name(base.name + ".json").write_text(json.dumps(told, indent=2) + "\n")
+        save_file(tensors, weights)
+        about.write_text(json.dumps(told, indent=2) + "\n")
+        shutil.copymode(about, weights)  # safetensors lets nobody else read it
     except OSError as e:
         raise BitnetError(f"{base}: cannot be written ({e.strerror or e})") from e
 

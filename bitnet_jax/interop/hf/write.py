@@ -78,6 +78,8 @@ def save(
         write_shards(room, weights, shard_bytes, console)
         config = render(model.config, weights.form, ids) | {"dtype": weights.dtype}
         (room / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        for file in room.glob("*.safetensors"):  # which safetensors lets nobody else read
+            shutil.copymode(room / CONFIG, file)
         write_tokenizer(room, model.tokenizer, model.files, model.config.max_length)
         room.rename(out)
     except (OSError, safetensors.SafetensorError) as e:
