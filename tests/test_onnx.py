@@ -203,9 +203,27 @@ def test_texts_of_different_lengths_are_filled_up_on_the_left(tmp_path):
         np.testing.assert_array_equal(row, ours[0, len(text) :])
 
 
-@pytest.mark.skipif(
+needs_genai = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="there are no wheels"
 )
+
+
+def continued(path, prompts):
+    """Prompts with up to 8 tokens more, the likeliest, by onnxruntime-genai's own loop."""
+    import onnxruntime_genai as genai
+
+    loaded = genai.Model(path)
+    options = genai.GeneratorParams(loaded)
+    most = prompts.shape[1] + 8
+    options.set_search_options(max_length=most, batch_size=len(prompts), do_sample=False)
+    generator = genai.Generator(loaded, options)
+    generator.append_tokens(prompts.astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [[int(token) for token in generator.get_sequence(i)] for i in range(len(prompts))]
+
+
+@needs_genai
 @pytest.mark.parametrize("config", [DEEP, BITNET, QWEN])
 def test_onnxruntime_genai_generates_from_the_folder(tmp_path, config):
     import onnxruntime_genai as genai
@@ -214,16 +232,25 @@ def test_onnxruntime_genai_generates_from_the_folder(tmp_path, config):
     save_model(tmp_path / "model", model)
     export = ["export", str(tmp_path / "model"), "--to", "onnx", "--cache", "--out", path]
     assert cli.main(export) == 0
-    loaded = genai.Model(path)
-    assert genai.Tokenizer(loaded).encode("def f(x)").tolist() == TOKENIZER.encode("def f(x)").ids
-    options = genai.GeneratorParams(loaded)
-    options.set_search_options(max_length=13, min_length=13, batch_size=2, do_sample=False)
-    generator = genai.Generator(loaded, options)
-    generator.append_tokens(IDS[:2, :5].astype(np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    ours = generate(model.model, model.params, jnp.asarray(IDS[:2, :5]), 8)
-    np.testing.assert_array_equal([generator.get_sequence(i) for i in range(2)], ours)
+    assert (
+        continued(path, IDS[:2, :5])
+        == generate(model.model, model.params, jnp.asarray(IDS[:2, :5]), 8).tolist()
+    )
+    tokenizer = genai.Tokenizer(genai.Model(path))
+    assert tokenizer.encode("def f(x)").tolist() == TOKENIZER.encode("def f(x)").ids
+
+
+@needs_genai
+def test_a_text_ends_where_the_model_says_and_nowhere_else(tmp_path):
+    model = decoder(DEEP, Scheme("twn", "channel"), Policy())
+    ours = np.asarray(generate(model.model, model.params, jnp.asarray(IDS[:1, :5]), 8))[0].tolist()
+    for end, length in ((None, 13), (ours[7], 5 + ours[5:].index(ours[7]))):
+        ids = {} if end is None else {"eos_token_id": end}
+        files = {"generation_config.json": json.dumps(ids).encode()}
+        path = save(dataclasses.replace(model, files=files), tmp_path / f"{end}", cache=True).path
+        assert continued(str(path), IDS[:1, :5]) == [ours[:length]]
+        told = json.loads((path / "genai_config.json").read_text())["model"]
+        assert told.get("eos_token_id") == end  # 0, say, would be a word
 
 
 # Bits a weight: of a code, an eighth more of it for the free places of blocks, and an eighth of a

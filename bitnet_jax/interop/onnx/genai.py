@@ -3,25 +3,26 @@
 from typing import Any
 
 from ...models.decoder import DecoderConfig
-from .network import IDS, MASK
+from .network import IDS, MASK, PAST, PRESENT
 
 FILE = "genai_config.json"
 
 
-def genai_config(config: DecoderConfig, ids: dict[str, Any]) -> dict[str, Any]:
+def genai_config(config: DecoderConfig, graph: str, ids: dict[str, Any]) -> dict[str, Any]:
     """``genai_config.json`` for a graph with a cache.
 
     Args:
       config: of the decoder.
+      graph: the file's name, beside this one.
       ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, None for what it has not.
 
-    >>> found = genai_config(DecoderConfig(300), {"eos_token_id": 2})
+    >>> found = genai_config(DecoderConfig(300), "model.onnx", {"eos_token_id": 2})
     >>> found["model"]["decoder"]["inputs"]["past_key_names"]
     'past_key_values.%d.key'
     """
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": "model.onnx",
+        "filename": graph,
         "head_size": config.head_dim,
         "hidden_size": config.width,
         "num_attention_heads": config.heads,
@@ -30,18 +31,15 @@ def genai_config(config: DecoderConfig, ids: dict[str, Any]) -> dict[str, Any]:
         "inputs": {
             IDS: IDS,
             MASK: MASK,
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
+            "past_key_names": f"{PAST}.%d.key",
+            "past_value_names": f"{PAST}.%d.value",
         },
         "outputs": {
             "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
+            "present_key_names": f"{PRESENT}.%d.key",
+            "present_value_names": f"{PRESENT}.%d.value",
         },
     }
-    known = {name: number for name, number in ids.items() if number is not None}
-    end = known.get("eos_token_id", 0)
-    known = {"eos_token_id": end, "pad_token_id": end[0] if isinstance(end, list) else end} | known
     model = {
         "type": "llama",  # any decoder: what it computes is in the graph
         "context_length": config.max_length,
@@ -50,4 +48,6 @@ def genai_config(config: DecoderConfig, ids: dict[str, Any]) -> dict[str, Any]:
     }
     # The graph gives the longer cache back in memory of its own.
     search = {"max_length": config.max_length, "past_present_share_buffer": False}
+    # No end at all for a model that has none: a number of ours would end texts at a word.
+    known = {name: number for name, number in ids.items() if number is not None}
     return {"model": model | known, "search": search}

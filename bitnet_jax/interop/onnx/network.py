@@ -18,7 +18,8 @@ from ...quantize import Scheme, quantize_weights
 from .graph import Graph, Value, onnx
 from .products import PRODUCTS, blocks_of, rounded, values
 
-IDS, MASK = "input_ids", "attention_mask"
+# Names of inputs and outputs, as transformers, optimum and onnxruntime-genai have them.
+IDS, MASK, PAST, PRESENT = "input_ids", "attention_mask", "past_key_values", "present"
 _FLOAT, _INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 _BITS = {"2bit": 2, "4bit": 4}  # of a ternary code, in the forms of MatMulNBits
 
@@ -186,11 +187,11 @@ class Network:
         """Keys or values (batch, kv_heads, length, head_dim), behind those of earlier tokens."""
         if not self.cache:
             return new
-        before, c = f"past_key_values.{name}", self.config
+        before, c = f"{PAST}.{name}", self.config
         all_ = self.graph.op("Concat", before, new, axis=2)
         shape = lambda axis: ("batch", c.kv_heads, axis, c.head_dim)
         self.inputs[before] = Value(shape("past"))
-        self.outputs[f"present.{name}"] = Value(shape("total"), made=all_)
+        self.outputs[f"{PRESENT}.{name}"] = Value(shape("total"), made=all_)
         return all_
 
     def heads(self, x: str, path: str, name: str, count: int, turned: bool = True) -> str:

@@ -111,7 +111,8 @@ def save(
         write_tokenizer(room, model.tokenizer, model.files, model.config.max_length)
         if cache:
             ids = special_ids(model.files, model.tokenizer)
-            (room / GENAI).write_text(json.dumps(genai_config(model.config, ids), indent=2) + "\n")
+            told = genai_config(model.config, FILE, ids)
+            (room / GENAI).write_text(json.dumps(told, indent=2) + "\n")
         room.rename(out)
     except OSError as e:
         raise BitnetError(f"{out}: cannot be written ({e.strerror or e})") from e
