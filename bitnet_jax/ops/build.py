@@ -22,6 +22,7 @@ from pathlib import Path
 import jax
 
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
+_SHARED = ("tasks.h", "variants.h", "vectors.h")
 _LOCK = threading.Lock()
 
 
@@ -127,7 +128,7 @@ def opener(*names: str, targets: tuple[str, ...]) -> Callable[[], Library]:
         its results are right here, 0 if wrong, -1 if this CPU lacks it).
       targets: the FFI handlers it defines.
     """
-    sources = tuple(Path(__file__).with_name(name) for name in (*names, "tasks.h", "variants.h"))
+    sources = tuple(Path(__file__).with_name(name) for name in (*names, *_SHARED))
     found: list[Library] = []
 
     def library() -> Library:

@@ -52,19 +52,10 @@ constexpr int STRIP = 1024;  // and its columns: their sums fit the L2 cache
 // Compilers turn a chain of additions into a tree, which spills; this keeps the chain.
 #if defined(__x86_64__)
 #define KEEP(vector) asm("" : "+x"(vector))
-// Into a register of its own; in place it would need a copy first, and instructions are scarce.
-static inline uint64_t low_half(uint64_t word) {
-  uint64_t low;
-  asm("movzwl %w1, %k0" : "=r"(low) : "r"(word));
-  return low;
-}
 #elif defined(__aarch64__)
 #define KEEP(vector) asm("" : "+w"(vector))
 #else
 #define KEEP(vector)
-#endif
-#if !defined(__x86_64__)
-static inline uint64_t low_half(uint64_t word) { return word & 0xffff; }
 #endif
 
 // What a thread keeps for products of many rows.

@@ -16,7 +16,7 @@
 #ifndef WIDEN
 #define WIDEN return __builtin_convertvector(piece, Ints8);
 #endif
-#define INLINE static inline __attribute__((always_inline))
+#include "vectors.h"
 
 typedef uint8_t Bytes __attribute__((vector_size(VECTOR)));
 typedef int16_t Shorts __attribute__((vector_size(VECTOR)));
@@ -28,23 +28,10 @@ typedef Word Words __attribute__((vector_size(VECTOR)));
 typedef int8_t Bytes16 __attribute__((vector_size(16)));
 typedef int16_t Shorts8 __attribute__((vector_size(16)));
 typedef int32_t Ints4 __attribute__((vector_size(16)));
-typedef int32_t Ints8 __attribute__((vector_size(32)));
 
 INLINE Ints8 widen(Shorts8 piece) { WIDEN }
 INLINE Ints4 widen(Ints4 piece) { return piece; }
 INLINE Sums dot(Sums sums, Bytes codes, Bytes x) { DOT }
-
-template <class T>
-INLINE T load(const void* from) {
-  T value;
-  memcpy(&value, from, sizeof value);
-  return value;
-}
-
-template <class T>
-INLINE void store(void* to, T value) {
-  memcpy(to, &value, sizeof value);
-}
 
 // Interleaving works within each 128 bits, as the instructions of all these machines do.
 #define PAIR(i) i, VECTOR + (i)

@@ -28,14 +28,11 @@
 
 namespace ffi = xla::ffi;
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
-#endif
+constexpr int64_t PAST = 3;  // indices read past the last, four at a time
 
 namespace portable {
 #define BYTES 32
+#define KEEP(vector)
 #define DOT(sums, a, b) ((sums) + (((a) << 16) >> 16) * (((b) << 16) >> 16) + ((a) >> 16) * ((b) >> 16))
 #include "training_kernels.h"
 }  // namespace portable
@@ -44,6 +41,7 @@ namespace portable {
 BEGIN("avx2,fma")
 namespace avx2 {
 #define BYTES 32
+#define KEEP(vector) asm("" : "+x"(vector))
 #define DOT(sums, a, b) ((sums) + (Ints)_mm256_madd_epi16((__m256i)(a), (__m256i)(b)))
 #include "training_kernels.h"
 }  // namespace avx2
@@ -51,6 +49,7 @@ END
 BEGIN("avx512f,avx512bw,avx512vl,avx512vnni,fma")
 namespace avx512vnni {
 #define BYTES 64
+#define KEEP(vector) asm("" : "+v"(vector))
 #define DOT(sums, a, b) ((WideInts)_mm512_dpwssd_epi32((__m512i)(sums), (__m512i)(a), (__m512i)(b)))
 #include "training_kernels.h"
 }  // namespace avx512vnni
@@ -61,6 +60,7 @@ struct Variant {
   const char* name;
   bool (*runs_here)();
   int rows_of_floats, rows_of_codes, tall, wide;
+  void (*make_index)(const int8_t*, int64_t, int64_t, bool, int64_t, int64_t, int64_t, uint16_t*);
   void (*floats)(const float*, int64_t, int64_t, const uint16_t*, int64_t, int64_t, float*, int64_t);
   void (*codes)(const int8_t*, int64_t, int64_t, const uint16_t*, int64_t, int64_t, int32_t*, int64_t);
   void (*pair_codes)(const int8_t*, int64_t, int64_t, int64_t, int64_t, int32_t*);
@@ -69,8 +69,8 @@ struct Variant {
 };
 
 #define VARIANT(space) \
-  space::ROWS<float>, space::ROWS<int16_t>, space::TALL, space::WIDE, space::product, \
-  space::product, space::pair_codes, space::grad_weight
+  space::ROWS<float>, space::ROWS<int16_t>, space::TALL, space::WIDE, space::make_index, \
+  space::product, space::product, space::pair_codes, space::grad_weight
 
 static const Variant kVariants[] = {  // the best first
 #if defined(__x86_64__)
@@ -92,9 +92,6 @@ static const Variant* find(std::string_view name) { return find_in(kVariants, na
 
 extern "C" const char* bitnet_variant(int i) { return name_in(kVariants, i); }
 
-static void make_index(const int8_t* codes, int64_t k, int64_t n, bool transposed, int64_t fours,
-                       int64_t from, int64_t to, uint16_t* index);
-
 static bool equals_reference(const Variant& variant, int64_t rows, int64_t k, int64_t n, int sign) {
   uint32_t random = 1;
   auto draw = [&] { return (random = random * 1664525 + 1013904223) >> 16; };
@@ -106,8 +103,8 @@ static bool equals_reference(const Variant& variant, int64_t rows, int64_t k, in
   for (auto& value : g) value = sign ? 1 : float(draw() % 2001) - 1000;
   std::copy(x.begin(), x.end(), floats.begin());
   const int64_t fours = (k + 15) / 16 * 4;
-  std::vector<uint16_t> index(fours * n);
-  make_index(codes.data(), k, n, false, fours, 0, n, index.data());
+  std::vector<uint16_t> index(fours * n + PAST);
+  variant.make_index(codes.data(), k, n, false, fours, 0, n, index.data());
   std::vector<int32_t> sums(rows * n);
   std::vector<float> products(rows * n);
   variant.codes(x.data(), rows, k, index.data(), n, n, sums.data(), n);
@@ -147,27 +144,6 @@ extern "C" int bitnet_check(const char* name) {
 
 // ---- The ternary product -------------------------------------------------------------------------
 
-// Columns from .. to of the index: 64 times the place of four codes among their 81 values. No code
-// but -1, 0 and 1 gets a place of its own, so a damaged one points nowhere else.
-static void make_index(const int8_t* codes, int64_t k, int64_t n, bool transposed, int64_t fours,
-                       int64_t from, int64_t to, uint16_t* index) {
-  const int64_t by_input = transposed ? 1 : n, by_output = transposed ? k : 1;
-  auto digit = [](int8_t code) { return (code > 0) - (code < 0) + 1; };
-  for (int64_t first = from; first < to; first += 64)
-    for (int64_t p = 0; p < fours; p++)
-      for (int64_t c = first; c < std::min(to, first + 64); c++) {
-        const int8_t* at = codes + 4 * p * by_input + c * by_output;
-        int place = 0;
-        if (4 * p + 4 <= k)
-          place = digit(at[0]) + 3 * digit(at[by_input]) + 9 * digit(at[2 * by_input]) +
-                  27 * digit(at[3 * by_input]);
-        else
-          for (int64_t j = 3; j >= 0; j--)
-            place = 3 * place + (4 * p + j < k ? digit(at[j * by_input]) : 1);
-        index[p * n + c] = uint16_t(64 * place);
-      }
-}
-
 using Dims = ffi::Span<const int64_t>;
 
 // Where matrix b of the result finds its own in an operand, whose axes are the result's or 1 long.
@@ -194,8 +170,9 @@ static int64_t size(Dims dims, size_t axes) {
 }
 
 template <class X, class Y, class F>
-static ffi::Error product(ffi::ThreadPool& pool, const X* x, const int8_t* codes, Y* out, Dims xd,
-                          Dims cd, Dims od, bool transposed, int64_t height, F kernel) {
+static ffi::Error product(ffi::ThreadPool& pool, const Variant& variant, const X* x,
+                          const int8_t* codes, Y* out, Dims xd, Dims cd, Dims od, bool transposed,
+                          int64_t height, F kernel) {
   const size_t axes = od.size() - 2;
   int64_t b = size(od, axes), rows = od[axes];
   const int64_t k = xd[axes + 1], n = od[axes + 1], fours = (k + 15) / 16 * 4;
@@ -213,14 +190,14 @@ static ffi::Error product(ffi::ThreadPool& pool, const X* x, const int8_t* codes
   if (blocks < wanted) columns = std::min(columns, n * blocks / wanted / 64 * 64 + 64);
   const int64_t strips = (n + columns - 1) / columns;
   static thread_local std::vector<uint16_t> memory;  // kept: fresh pages cost as much as the work
-  memory.resize(fours * n);
+  memory.resize(fours * n + PAST);
   uint16_t* index = memory.data();
   for (int64_t i = 0, last = -1; i < b; i++) {
     const int64_t at = one ? 0 : matrix(i, od, cd, axes), from = one ? 0 : matrix(i, od, xd, axes);
     if (at != last)
       run(pool, (n + 255) / 256, [&](int64_t task) {
-        make_index(codes + at * k * n, k, n, transposed, fours, 256 * task,
-                   std::min(n, 256 * task + 256), index);
+        variant.make_index(codes + at * k * n, k, n, transposed, fours, 256 * task,
+                           std::min(n, 256 * task + 256), index);
       });
     last = at;
     run(pool, blocks * strips, [&](int64_t task) {
@@ -244,11 +221,13 @@ static ffi::Error TernaryProduct(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Bu
       cd[transposed ? axes : axes + 1] != od[axes + 1])
     return ffi::Error::InvalidArgument("the shapes of x and codes do not fit");
   if (x.element_type() == ffi::S8 && out->element_type() == ffi::S32)
-    return product(pool, x.typed_data<int8_t>(), codes.typed_data(), out->typed_data<int32_t>(), xd,
-                   cd, od, transposed, variant->rows_of_codes, variant->codes);
+    return product(pool, *variant, x.typed_data<int8_t>(), codes.typed_data(),
+                   out->typed_data<int32_t>(), xd, cd, od, transposed, variant->rows_of_codes,
+                   variant->codes);
   if (x.element_type() == ffi::F32 && out->element_type() == ffi::F32)
-    return product(pool, x.typed_data<float>(), codes.typed_data(), out->typed_data<float>(), xd, cd,
-                   od, transposed, variant->rows_of_floats, variant->floats);
+    return product(pool, *variant, x.typed_data<float>(), codes.typed_data(),
+                   out->typed_data<float>(), xd, cd, od, transposed, variant->rows_of_floats,
+                   variant->floats);
   return ffi::Error::InvalidArgument("int8 to int32 or float32 to float32");
 }
 

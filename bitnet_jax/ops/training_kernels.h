@@ -1,7 +1,8 @@
 // The kernels of training.cpp, in GCC's vector types, compiled once a variant, inside its namespace.
 //
-// Before this file is included: BYTES, of a register of the variant, and DOT(sums, a, b), which is
-// sums + a * b in int16, added up over the two neighbours under each int32 sum: the only intrinsic.
+// Before this file is included: BYTES, of a register of the variant; DOT(sums, a, b), which is
+// sums + a * b in int16, added up over the two neighbours under each int32 sum, the only intrinsic;
+// and KEEP(vector), which keeps a chain of additions one: compilers make a tree of it, which spills.
 
 typedef int16_t Shorts __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
@@ -18,36 +19,7 @@ template <> struct VectorOf<float> { typedef Floats type; typedef WideFloats wid
 template <class T> using Vector = typename VectorOf<T>::type;
 template <class T> using WideVector = typename VectorOf<T>::wide;
 
-template <class V>
-static inline __attribute__((always_inline)) V load(const void* from) {
-  V value;
-  memcpy(&value, from, sizeof value);
-  return value;
-}
-
-template <class V>
-static inline __attribute__((always_inline)) void store(void* to, V value) {
-  memcpy(to, &value, sizeof value);
-}
-
-// Rows and columns of 8 x 8 values of four bytes change places.
-template <class V>
-static inline __attribute__((always_inline)) void transpose(V* v) {
-  V a[8], b[8];
-  for (int i = 0; i < 8; i += 2) {
-    a[i] = SHUFFLE(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    a[i + 1] = SHUFFLE(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; j++) {
-      b[i + 2 * j] = SHUFFLE(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      b[i + 2 * j + 1] = SHUFFLE(a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  for (int i = 0; i < 4; i++) {
-    v[i] = SHUFFLE(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    v[i + 4] = SHUFFLE(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-}
+#include "vectors.h"
 
 // ---- Ternary codes times many rows: sums of four inputs are looked up ----------------------------
 
@@ -59,6 +31,46 @@ constexpr int FOURS = 4;  // fours of inputs at once: their tables, 20 KB, fit t
 constexpr int STEP = 32;  // inputs taken from x at once
 template <class T> constexpr int ROWS = ENTRY / sizeof(T);
 template <class T> using Row = T[ENTRY / sizeof(T)];
+
+// Room for the sums of a strip, kept: an entry is a cache line, and none lies across two.
+template <class T>
+static Row<T>* sums_of(int64_t columns) {
+  static thread_local std::vector<T> memory;
+  memory.resize(((columns + 3) / 4 * 4 + 1) * ROWS<T>);
+  return (Row<T>*)(((uintptr_t)memory.data() + ENTRY - 1) & -ENTRY);
+}
+
+// Columns from .. to of the index: 64 times the place of four codes among their 81 values. A damaged
+// code counts by its sign, so it points nowhere else.
+static void make_index(const int8_t* codes, int64_t k, int64_t n, bool transposed, int64_t fours,
+                       int64_t from, int64_t to, uint16_t* index) {
+  // With digits code + 1, c0 + 3 c1 + 9 c2 + 27 c3 is the highest byte of four of them times this.
+  constexpr uint32_t BASES = 1 << 24 | 3 << 16 | 9 << 8 | 27;
+  constexpr int AT_ONCE = 64;
+  for (int64_t first = from; first < to; first += AT_ONCE) {
+    const int64_t columns = std::min<int64_t>(AT_ONCE, to - first);
+    for (int64_t p = 0; p < fours; p++) {
+      const int64_t inputs = std::clamp<int64_t>(k - 4 * p, 0, 4);
+      uint32_t four[AT_ONCE] = {};  // missing inputs are zeros
+      if (!transposed)
+        for (int64_t j = 0; j < inputs; j++)
+          for (int64_t c = 0; c < columns; c++)
+            four[c] |= uint32_t(uint8_t(codes[(4 * p + j) * n + first + c])) << 8 * j;
+      else if (inputs == 4)
+        for (int64_t c = 0; c < columns; c++) memcpy(&four[c], codes + (first + c) * k + 4 * p, 4);
+      else
+        for (int64_t c = 0; c < columns; c++)
+          memcpy(&four[c], codes + (first + c) * k + 4 * p, inputs);
+      for (int64_t c = 0; c < columns; c++) {
+        // 1 in every byte that is negative, or not zero: no byte carries into the next.
+        const uint32_t negative = four[c] >> 7 & 0x01010101;
+        const uint32_t some = ((four[c] & 0x7f7f7f7f) + 0x7f7f7f7f | four[c]) >> 7 & 0x01010101;
+        const uint32_t digits = 0x01010101 + some - 2 * negative;
+        index[p * n + first + c] = uint16_t(digits * BASES >> 24 << 6);
+      }
+    }
+  }
+}
 
 template <class T>
 static void fill_table(const Row<T>* x, Row<T>* table) {
@@ -81,24 +93,35 @@ static void fill_table(const Row<T>* x, Row<T>* table) {
   }
 }
 
-// sums[c] (+)= the sums that output c's codes choose, over FOURS tables.
+// sums[c] (+)= the sums that output c's codes choose, over FOURS tables. Four outputs a turn, because
+// one load then brings four indices: loads are what is scarce.
 template <class T, bool FIRST>
 static void look_up(const Row<T>* tables, const uint16_t* index, int64_t stride, int64_t columns,
                     Row<T>* sums) {
   typedef WideVector<T> V;
   constexpr int PARTS = ENTRY / BYTES, LANES = BYTES / sizeof(T);
-  for (int64_t c = 0; c < columns; c++) {
-    V sum[PARTS];
-#pragma GCC unroll 2
-    for (int i = 0; i < PARTS; i++) sum[i] = FIRST ? V{} : load<V>(sums[c] + i * LANES);
+  for (int64_t c = 0; c < columns; c += 4) {
+    V sum[4 * PARTS];
+#pragma GCC unroll 8
+    for (int i = 0; i < 4 * PARTS; i++) sum[i] = FIRST ? V{} : load<V>(sums[c] + i * LANES);
 #pragma GCC unroll 4
     for (int t = 0; t < FOURS; t++) {
-      const char* entry = (const char*)(tables + 81 * t) + index[t * stride + c];
+      uint64_t four = load<uint64_t>(index + t * stride + c);
+      const char* table = (const char*)(tables + 81 * t);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const char* entry = table + (i < 3 ? low_half(four) : four);
+        four >>= 16;
+        asm("" : "+r"(four));
 #pragma GCC unroll 2
-      for (int i = 0; i < PARTS; i++) sum[i] += load<V>(entry + i * BYTES);
+        for (int part = 0; part < PARTS; part++) {
+          sum[i * PARTS + part] += load<V>(entry + part * BYTES);
+          KEEP(sum[i * PARTS + part]);
+        }
+      }
     }
-#pragma GCC unroll 2
-    for (int i = 0; i < PARTS; i++) store(sums[c] + i * LANES, sum[i]);
+#pragma GCC unroll 8
+    for (int i = 0; i < 4 * PARTS; i++) store(sums[c] + i * LANES, sum[i]);
   }
 }
 
@@ -176,9 +199,7 @@ static void step(const X* x, int64_t rows, int64_t k, int64_t k0, Tables<X, T>& 
 static void product(const float* x, int64_t rows, int64_t k, const uint16_t* index, int64_t stride,
                     int64_t columns, float* out, int64_t n) {
   static thread_local Tables<float, float> room;
-  static thread_local std::vector<float> memory;
-  memory.resize(columns * ROWS<float>);
-  auto sums = (Row<float>*)memory.data();
+  Row<float>* sums = sums_of<float>(columns);
   for (int64_t k0 = 0; k0 < k; k0 += STEP)
     step<float, float>(x, rows, k, k0, room, [&](int64_t p) {
       (p ? look_up<float, false> : look_up<float, true>)(room.tables, index + p * stride, stride,
@@ -192,12 +213,10 @@ static void product(const int8_t* x, int64_t rows, int64_t k, const uint16_t* in
   // A looked up sum is at most 4 * 128: after 60 of them int16 is nearly full.
   constexpr int64_t OFTEN = 60;
   static thread_local Tables<int8_t, int16_t> room;
-  static thread_local std::vector<int16_t> memory;
-  static thread_local std::vector<int32_t> wide_memory;
-  memory.resize(columns * ROWS<int16_t>);
-  wide_memory.assign(columns * ROWS<int16_t>, 0);
-  auto sums = (Row<int16_t>*)memory.data();
-  auto wide = (int32_t (*)[32])wide_memory.data();
+  static thread_local std::vector<int32_t> memory;
+  memory.assign(columns * ROWS<int16_t>, 0);
+  auto wide = (int32_t (*)[32])memory.data();
+  Row<int16_t>* sums = sums_of<int16_t>(columns);
   int64_t since = 0;
   for (int64_t k0 = 0; k0 < k; k0 += STEP)
     step<int8_t, int16_t>(x, rows, k, k0, room, [&](int64_t p) {
@@ -222,21 +241,20 @@ constexpr int PAIRS = TOKENS / 2;
 // codes (tokens, k) to words[panel of TALL inputs][pair of tokens][input]; odd ends read as zeros.
 static void pair_codes(const int8_t* codes, int64_t tokens, int64_t k, int64_t from, int64_t to,
                        int32_t* words) {
-  const int64_t pairs = (tokens + 1) / 2;
+  const int64_t pairs = (tokens + 1) / 2, panels = (k + TALL - 1) / TALL;
+  static thread_local std::vector<int32_t> memory;
+  memory.assign((to - from) * panels * TALL, 0);
   for (int64_t p = from; p < to; p++) {
-    const int8_t* even = codes + 2 * p * k;
-    const int8_t* odd = even + k;
-    const bool both = 2 * p + 1 < tokens;
-    for (int64_t i = 0; i < k; i += TALL) {
-      int32_t* word = words + (i / TALL * pairs + p) * TALL;
-      for (int64_t j = 0; j < TALL; j++) {
-        const bool there = i + j < k;
-        uint32_t a = there ? uint16_t(int16_t(even[i + j])) : 0;
-        uint32_t b = there && both ? uint16_t(int16_t(odd[i + j])) : 0;
-        word[j] = int32_t(a | b << 16);
-      }
-    }
+    const int8_t *even = codes + 2 * p * k, *odd = even + k;
+    int32_t* row = &memory[(p - from) * panels * TALL];
+    for (int64_t i = 0; i < k; i++) row[i] = uint16_t(even[i]);
+    if (2 * p + 1 < tokens)
+      for (int64_t i = 0; i < k; i++) row[i] |= int32_t(odd[i]) << 16;
   }
+  for (int64_t i = 0; i < panels; i++)
+    for (int64_t p = from; p < to; p++)
+      memcpy(words + (i * pairs + p) * TALL, &memory[((p - from) * panels + i) * TALL],
+             TALL * sizeof *words);
 }
 
 // Of up to TOKENS tokens, WIDE columns of g times each token's scale, in 16 bits and in pairs.
@@ -314,5 +332,6 @@ static void grad_weight(const int32_t* words, const float* scales, const float* 
   }
 }
 
+#undef KEEP
 #undef DOT
 #undef BYTES

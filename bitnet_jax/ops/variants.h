@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <string_view>
 
 // Between BEGIN("avx2") and END functions may use that instruction set.
@@ -14,6 +15,18 @@
 #define BEGIN(isa) _Pragma("GCC push_options") _Pragma(TEXT(GCC target(isa)))
 #define END _Pragma("GCC pop_options")
 #endif
+
+// The lowest 16 bits, in a register of their own: in place they would need a copy first, and
+// instructions are scarce where indices are looked up.
+static inline uint64_t low_half(uint64_t word) {
+#if defined(__x86_64__)
+  uint64_t low;
+  asm("movzwl %w1, %k0" : "=r"(low) : "r"(word));
+  return low;
+#else
+  return word & 0xffff;
+#endif
+}
 
 // The variant of that name, if this CPU runs it. A library has one table of variants.
 template <class Variant, size_t N>
