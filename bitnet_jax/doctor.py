@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from .ops import OPS, choose, choose_dense, training
+from .ops import OPS, attention, choose, choose_dense, training
 from .ops.choose import matrix_units
 from .ops.native import status, variants
 
@@ -33,11 +33,11 @@ def examine(repeats: int = 7) -> dict:
       repeats: calls timed of each, after one that compiles.
 
     Returns:
-      ``versions``, ``platform``, ``devices``, ``cpu``, ``native`` and ``training`` (a sentence
-      each), ``choices``: a list of ``rows``, ``op``, ``why``, ``ms`` (the median), ``float32_ms``
-      of XLA's product of the same 2048 x 2048 matrix in float32, and ``speedup_vs_float32``.
-      Weights are in cache where it holds
-      them; benchmarks/products.py measures them from memory.
+      ``versions``, ``platform``, ``devices``, ``cpu``, ``native``, ``training`` and ``attention``
+      (a sentence each), ``choices``: a list of ``rows``, ``op``, ``why``, ``ms`` (the median),
+      ``float32_ms`` of XLA's product of the same 2048 x 2048 matrix in float32, and
+      ``speedup_vs_float32``. Weights are in cache where it holds them; benchmarks/products.py
+      measures them from memory.
     """
     backend = jax.default_backend()
     found = {
@@ -48,6 +48,7 @@ def examine(repeats: int = 7) -> dict:
         "native": status(),
         "variants": list(variants()),
         "training": _training(backend),
+        "attention": _attention(backend),
         "choices": [],
     }
     random = np.random.default_rng(0)
@@ -82,6 +83,15 @@ def _training(backend: str) -> str:
     return "training: XLA's int8, which this machine has matrix units for"
 
 
+def _attention(backend: str) -> str:
+    """Which form attention in float32 has here, and why."""
+    if backend != "cpu":
+        return "attention: XLA's"
+    if attention.variants():
+        return f"attention: in C++, heads on all threads ({attention.status()})"
+    return f"attention: XLA's, on one thread, for want of an op in C++ ({attention.status()})"
+
+
 def _medians(calls: tuple[Callable, ...], repeats: int) -> list[float]:
     """Milliseconds of each, turn by turn, so that a busy moment meets all of them."""
     times = [[] for _ in calls]
@@ -104,4 +114,5 @@ def render(found: dict) -> list:
     for x in found["choices"]:
         numbers = (f"{x['ms']:.3f}", f"{x['float32_ms']:.3f}", f"{x['speedup_vs_float32']:.1f}x")
         table.add_row(str(x["rows"]), x["op"], *numbers, x["why"])
-    return [f"{told} on {', '.join(found['devices'])}", found["native"], found["training"], table]
+    sentences = [found[name] for name in ("native", "training", "attention")]
+    return [f"{told} on {', '.join(found['devices'])}", *sentences, table]

@@ -1,7 +1,12 @@
 """Attention after its projections, in the order of operations that CPUs are fast at."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+from ..ops import attention as native
+from ..ops import by_platform
 
 
 def attend(
@@ -9,8 +14,11 @@ def attend(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(e)) v for every head; scores and softmax in float32.
 
-    y = (w v) / sum w,  w = exp(s - max s):  divided after the product with the values. XLA on CPUs
-    fuses a division before it into that product and loses its fast path, for seven times the time.
+    y = (w v) / sum w,  w = exp(s - max s)
+
+    On CPUs, in float32 and where a compiler is there, `bitnet_jax.ops.attention` does it: XLA
+    multiplies a batch of small matrices on one thread. As `bitnet_jax.dot_general` it can be
+    differentiated once, backwards.
 
     Args:
       query: (batch, length, heads, e).
@@ -25,6 +33,17 @@ def attend(
     >>> attend(x, x[:, :, :1], 2 * x[:, :, :1]).shape
     (1, 3, 2, 4)
     """
+    if native.serves(query, key, value):
+        seen = jnp.ones((1, 1, 1, 1), bool) if seen is None else seen
+        return _by_cpp(query, key, value, _of_pairs(seen, query, key))
+    return _by_xla(query, key, value, seen)
+
+
+def _by_xla(
+    query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array | None
+) -> jax.Array:
+    """Divided after the product with the values. XLA on CPUs fuses a division before it into that
+    product and loses its fast path, for seven times the time."""
     batch, length, heads, size = query.shape
     groups = key.shape[2]
     # The queries that share a key head are rows of one matrix: keys are never repeated.
@@ -43,3 +62,42 @@ def attend(
     total = jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
     y = y.reshape(batch, heads, length, -1) / total
     return y.transpose(0, 2, 1, 3).astype(value.dtype)
+
+
+def _of_pairs(seen: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+    """seen with all four axes, each as long as its own or 1."""
+    pairs = len(query), query.shape[2], query.shape[1], key.shape[1]
+    jax.eval_shape(lambda seen: jnp.broadcast_to(seen, pairs), seen)  # raises if it does not fit
+    return seen.reshape((1,) * (4 - seen.ndim) + seen.shape)
+
+
+def _on_cpus(form: Callable, other: Callable, *operands):
+    pick = lambda platform: "native" if platform == "cpu" else "xla"
+    return by_platform(pick, {"native": form, "xla": other}, *operands)
+
+
+@jax.custom_vjp
+def _by_cpp(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array) -> jax.Array:
+    return _by_cpp_fwd(query, key, value, seen)[0]
+
+
+# The layers of a network have few shapes: jit traces each of them once.
+@jax.jit
+def _by_cpp_fwd(*operands):
+    def other(*operands):  # what log_sum is there no one asks
+        y = _by_xla(*operands)
+        return y, y.sum(-1).transpose(0, 2, 1)
+
+    y, log_sum = _on_cpus(native.forward, other, *operands)
+    return y, (*operands, y, log_sum)
+
+
+@jax.jit
+def _by_cpp_bwd(kept, g):
+    def other(query, key, value, seen, y, log_sum, g):
+        return jax.vjp(lambda q, k, v: _by_xla(q, k, v, seen), query, key, value)[1](g)
+
+    return (*_on_cpus(native.backward, other, *kept, g), None)
+
+
+_by_cpp.defvjp(_by_cpp_fwd, _by_cpp_bwd)
