@@ -70,7 +70,8 @@ struct Variant {
 
 #define VARIANT(space) \
   space::ROWS<float>, space::ROWS<int16_t>, space::TALL, space::WIDE, space::make_index, \
-  space::product, space::product, space::pair_codes, space::grad_weight
+  space::product<float, float, float>, space::product<int8_t, int16_t, int32_t>,     \
+  space::pair_codes, space::grad_weight
 
 static const Variant kVariants[] = {  // the best first
 #if defined(__x86_64__)

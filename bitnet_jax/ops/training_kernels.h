@@ -148,23 +148,26 @@ static void take(const int8_t* x, int64_t stride, Row<int16_t>* inputs) {
   }
 }
 
-static void add(const Row<int16_t>* sums, int64_t columns, int32_t (*wide)[32]) {
-  for (int64_t c = 0; c < columns; c++)
-    for (int r = 0; r < 32; r++) wide[c][r] += sums[c][r];
+INLINE Floats eight(const float* from) { return load<Floats>(from); }
+INLINE Ints eight(const int16_t* from) {
+  return __builtin_convertvector(load<EightShorts>(from), Ints);
 }
 
-// sums[c][row] of four bytes each to out[row][c].
-template <class V, class T, int N>
-static void put(const T (*sums)[N], int64_t rows, int64_t columns, T* out, int64_t n) {
-  for (int64_t c = 0; c < columns; c += 8)
-    for (int64_t r = 0; r < rows; r += 8) {
+// sums[c][row] to, or added to, out[row][c].
+template <bool ADD, class T, class Y>
+static void put(const Row<T>* sums, int64_t rows, int64_t columns, Y* out, int64_t n) {
+  typedef decltype(eight(sums[0])) V;
+  // Eight rows at a time: where n is a power of two, lines of more of them share a cache set.
+  for (int64_t r = 0; r < rows; r += 8)
+    for (int64_t c = 0; c < columns; c += 8) {
       V v[8] = {};
-      for (int j = 0; j < std::min<int64_t>(8, columns - c); j++) v[j] = load<V>(sums[c + j] + r);
+      for (int j = 0; j < std::min<int64_t>(8, columns - c); j++) v[j] = eight(sums[c + j] + r);
       transpose(v);
       for (int j = 0; j < std::min<int64_t>(8, rows - r); j++) {
-        T* to = out + (r + j) * n + c;
-        if (columns - c >= 8) store(to, v[j]);
-        else memcpy(to, &v[j], sizeof(T) * (columns - c));
+        Y* to = out + (r + j) * n + c;
+        if (columns - c >= 8) store(to, ADD ? load<V>(to) + v[j] : v[j]);
+        else
+          for (int64_t i = 0; i < columns - c; i++) to[i] = (ADD ? to[i] : 0) + v[j][i];
       }
     }
 }
@@ -176,57 +179,53 @@ struct Tables {
   alignas(64) Row<T> tables[FOURS * 81];
 };
 
-// One step of up to ROWS rows: STEP inputs from x + k0 on, FOURS tables at a time.
-template <class X, class T, class Each>
-static void step(const X* x, int64_t rows, int64_t k, int64_t k0, Tables<X, T>& room, Each each) {
-  if (rows >= ROWS<T> && k - k0 >= STEP) {
-    take(x + k0, k, room.inputs);
-  } else {
-    memset(room.edge, 0, sizeof room.edge);
-    for (int64_t r = 0; r < std::min<int64_t>(rows, ROWS<T>); r++)
-      memcpy(room.edge[r], x + r * k + k0, sizeof(X) * std::min<int64_t>(STEP, k - k0));
-    take(&room.edge[0][0], STEP, room.inputs);
-  }
-  for (int i = 0; i < STEP && k0 + i < k; i += 4 * FOURS) {
-    for (int t = 0; t < FOURS; t++)
-      fill_table<T>(room.inputs + i + 4 * t, room.tables + 81 * t);
-    each((k0 + i) / 4);
-  }
+// The next STEP inputs of up to ROWS rows, 0 where rows or inputs end.
+template <class X, class T>
+static void take(const X* x, int64_t rows, int64_t k, int64_t k0, Tables<X, T>& room) {
+  if (rows >= ROWS<T> && k - k0 >= STEP) return take(x + k0, k, room.inputs);
+  memset(room.edge, 0, sizeof room.edge);
+  for (int64_t r = 0; r < std::min<int64_t>(rows, ROWS<T>); r++)
+    memcpy(room.edge[r], x + r * k + k0, sizeof(X) * std::min<int64_t>(STEP, k - k0));
+  take(&room.edge[0][0], STEP, room.inputs);
 }
+
+// The largest sum of sizes over a row's inputs: no sum of them times codes is larger.
+static int64_t largest(const Row<int16_t>* inputs) {
+  Row<int16_t> size = {};
+  for (int i = 0; i < STEP; i++)
+    for (int r = 0; r < ROWS<int16_t>; r++) size[r] += std::abs(inputs[i][r]);
+  return *std::max_element(size, size + ROWS<int16_t>);
+}
+static int64_t largest(const Row<float>*) { return 0; }
 
 // out (rows, columns) = x (rows, k) times the codes that index (fours, stride) stands for; rows are
 // at most ROWS, and out lies in a matrix n wide.
-static void product(const float* x, int64_t rows, int64_t k, const uint16_t* index, int64_t stride,
-                    int64_t columns, float* out, int64_t n) {
-  static thread_local Tables<float, float> room;
-  Row<float>* sums = sums_of<float>(columns);
-  for (int64_t k0 = 0; k0 < k; k0 += STEP)
-    step<float, float>(x, rows, k, k0, room, [&](int64_t p) {
-      (p ? look_up<float, false> : look_up<float, true>)(room.tables, index + p * stride, stride,
-                                                         columns, sums);
-    });
-  put<Floats, float, ROWS<float>>(sums, rows, columns, out, n);
-}
-
-static void product(const int8_t* x, int64_t rows, int64_t k, const uint16_t* index, int64_t stride,
-                    int64_t columns, int32_t* out, int64_t n) {
-  // A looked up sum is at most 4 * 128: after 60 of them int16 is nearly full.
-  constexpr int64_t OFTEN = 60;
-  static thread_local Tables<int8_t, int16_t> room;
-  static thread_local std::vector<int32_t> memory;
-  memory.assign(columns * ROWS<int16_t>, 0);
-  auto wide = (int32_t (*)[32])memory.data();
-  Row<int16_t>* sums = sums_of<int16_t>(columns);
-  int64_t since = 0;
-  for (int64_t k0 = 0; k0 < k; k0 += STEP)
-    step<int8_t, int16_t>(x, rows, k, k0, room, [&](int64_t p) {
-      (since ? look_up<int16_t, false> : look_up<int16_t, true>)(
-          room.tables, index + p * stride, stride, columns, sums);
-      since += FOURS;
-      if (since == OFTEN) add(sums, columns, wide), since = 0;
-    });
-  if (since) add(sums, columns, wide);
-  put<Ints, int32_t, 32>(wide, rows, columns, out, n);
+template <class X, class T, class Y>
+static void product(const X* x, int64_t rows, int64_t k, const uint16_t* index, int64_t stride,
+                    int64_t columns, Y* out, int64_t n) {
+  static thread_local Tables<X, T> own;
+  Tables<X, T>& room = own;  // looked up once: it is a call
+  Row<T>* sums = sums_of<T>(columns);
+  int64_t bound = 0;
+  bool started = false, empty = true;
+  for (int64_t k0 = 0; k0 < k; k0 += STEP) {
+    take(x, rows, k, k0, room);
+    // Small activations, which most are, are put rarely: only when int16 may overflow.
+    const int64_t more = largest(room.inputs);
+    if (bound + more > 32767) {
+      (started ? put<true, T, Y> : put<false, T, Y>)(sums, rows, columns, out, n);
+      started = empty = true, bound = 0;
+    }
+    bound += more;
+    for (int i = 0; i < STEP && k0 + i < k; i += 4 * FOURS) {
+      for (int t = 0; t < FOURS; t++)
+        fill_table<T>(room.inputs + i + 4 * t, room.tables + 81 * t);
+      (empty ? look_up<T, true> : look_up<T, false>)(
+          room.tables, index + (k0 + i) / 4 * stride, stride, columns, sums);
+      empty = false;
+    }
+  }
+  (started ? put<true, T, Y> : put<false, T, Y>)(sums, rows, columns, out, n);
 }
 
 // ---- Grad-weight: int8 codes of the activations times gradients in 16 bits -----------------------
