@@ -128,6 +128,16 @@ def test_a_mask_that_does_not_fit_is_refused():
 
 
 @needs_native
+@pytest.mark.parametrize(
+    "length, keys, dtype", [(15, 9, "float32"), (20, 1300, "float32"), (20, 9, "bfloat16")]
+)
+def test_what_the_op_leaves_to_xla(length, keys, dtype):
+    few = [jnp.asarray(x, dtype) for x in inputs(length=length, keys=keys)]
+    assert not native.serves(*few)
+    assert native.serves(*inputs(length=21, keys=1300))
+
+
+@needs_native
 def test_every_transformation_has_the_op():
     q, k, v = inputs(length=20)
     seen = jnp.asarray(causal(20, 7))

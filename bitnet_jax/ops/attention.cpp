@@ -37,10 +37,22 @@ struct Seen {
 
   // One past the last key that any of the queries sees.
   int64_t end(int64_t query, int64_t rows, int64_t keys) const {
-    for (int64_t most = keys; most > 0; most--)
-      for (int64_t q = query; q < query + rows; q++)
-        if (at[q * by_query + (most - 1) * by_key]) return most;
-    return 0;
+    int64_t most = 0;
+    for (int64_t q = query; q < query + rows && most < keys; q++) {
+      const uint8_t* own = at + q * by_query;
+      if (!by_key) {
+        if (*own) most = keys;
+        continue;
+      }
+      int64_t k = keys;
+      for (uint64_t eight = 0; k >= most + 8; k -= 8) {
+        memcpy(&eight, own + k - 8, sizeof eight);
+        if (eight) break;
+      }
+      while (k > most && !own[k - 1]) k--;
+      most = std::max(most, k);
+    }
+    return most;
   }
 };
 

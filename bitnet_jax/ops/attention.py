@@ -13,8 +13,9 @@ from . import build
 
 _TARGETS = ("bitnet_attention", "bitnet_attention_gradients")
 _library = build.opener("attention.cpp", "attention_kernels.h", targets=_TARGETS)
-# Fewer queries are hardly more than a reading of the keys, which XLA's product does as well.
-_QUERIES = 16
+# Fewer queries, or many more keys, are hardly more than a reading of the keys, which XLA does as
+# well; a cache of them, which lies otherwise, it does not even turn.
+_QUERIES, _KEYS_A_QUERY = 16, 64
 
 
 def status() -> str:
@@ -33,7 +34,10 @@ def variants() -> tuple[str, ...]:
 def serves(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
     """Whether the ops are there, worth their call and know these dtypes, in a process on CPUs."""
     arrays = (query, key, value)
-    if any(x.dtype != jnp.float32 for x in arrays) or query.shape[1] < _QUERIES:
+    length, keys = query.shape[1], key.shape[1]
+    if length < _QUERIES or keys > _KEYS_A_QUERY * length:
+        return False
+    if any(x.dtype != jnp.float32 for x in arrays):
         return False
     if any(AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types for x in arrays):
         return False  # an op cannot say how its result lies on a mesh whose axes are part of types

@@ -150,8 +150,9 @@ static void forward(const Shapes& all, const Arrays& a, int64_t batch, int64_t h
   float* queries = room(2, QUERIES * s.features);
   float* weights = room(3, QUERIES * s.across);
   float* out = room(4, QUERIES * s.features);
-  turn(k, s.keys, s.size, s.across, keys);
-  copy(v, s.keys, s.size, s.features, values);
+  const int64_t most = seen.end(from, to - from, s.keys);
+  turn(k, most, s.size, s.across, keys);
+  copy(v, most, s.size, s.features, values);
   for (int64_t i = from; i < to; i += QUERIES) {
     const int64_t rows = std::min(QUERIES, to - i), end = seen.end(i, rows, s.keys);
     float sum[QUERIES], largest[QUERIES];
