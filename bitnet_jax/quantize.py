@@ -28,7 +28,7 @@ _THRESHOLD = {"threshold": 0.1, "twn": 0.7}
 # Largest |x| of a token is at least this, so that a row of zeros has a finite scale (same paper).
 _SMALLEST_ACTIVATION = 1e-5
 # So many are worth the call of an op: 11 microseconds, XLA 14 (in a chain, two cores of Zen 3).
-_MANY_ACTIVATIONS = 1 << 14
+_MANY = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _round_to_ternary(blocks: jax.Array, rows: jax.Array, axes: tuple[int, ...],
         total = (jnp.abs(blocks) * kept).sum(axes, keepdims=True)
         return codes, scale_of(total, kept.sum(axes, keepdims=True), scheme)
     cut = cut_of(mean, scheme)
-    codes = codes_by_cut(blocks, cut)
+    codes = _codes(blocks, cut)
     if scheme.rule != "twn":
         return codes, mean
     kept, number = over(_kept, jnp.add, blocks, axes, cut)
@@ -180,6 +180,18 @@ def cut_of(mean: jax.Array, scheme: Scheme) -> jax.Array:
 def codes_by_cut(w: jax.Array, cut: jax.Array) -> jax.Array:
     """int8: the sign of w where |w| >= cut, else 0."""
     return (w >= cut).astype(jnp.int8) - (w <= -cut).astype(jnp.int8)
+
+
+def _codes(blocks: jax.Array, cut: jax.Array) -> jax.Array:
+    """`codes_by_cut` of large leaves in C++: nothing to compile for every layer anew."""
+
+    def native(blocks, cut):
+        flat = lambda x: x.reshape(-1, *x.shape[-2:])
+        return quantise.signs(flat(blocks), flat(cut)).reshape(blocks.shape)
+
+    if blocks.size < _MANY or not quantise.serves(blocks):
+        return codes_by_cut(blocks, cut)
+    return lax.platform_dependent(blocks, cut, cpu=native, default=codes_by_cut)
 
 
 def _kept(w: jax.Array, cut: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -265,7 +277,7 @@ def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     ([[127, -64, 0]], 0.007874)
     """
     x = jnp.asarray(x, jnp.float32)
-    if x.size < _MANY_ACTIVATIONS or not quantise.serves(x):
+    if x.size < _MANY or not quantise.serves(x):
         return _by_xla(x)
     return lax.platform_dependent(x, cpu=_by_cpp, default=_by_xla)
 

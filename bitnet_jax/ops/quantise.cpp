@@ -1,5 +1,6 @@
 // Float weights to packed ternary codes on the CPU, as XLA FFI ops: one pass for the sums of |w|,
-// one for codes, bytes and the sums of what was kept; and activations to int8, row by row.
+// one for codes, bytes and the sums of what was kept, or for codes alone; and activations to int8,
+// row by row.
 //
 // Every sum is of one output over its inputs, in their order, as reduce.py takes it, so that both
 // have the same bits. Outputs are neighbours in memory, so the compiler makes vectors of them.
@@ -117,6 +118,16 @@ static void quantise(const float* w, int64_t in, int64_t n, int64_t group, int64
   }
 }
 
+// codes = (w >= cut) - (w <= -cut) for a row of w, with a cut for each output or, of n 1, for all.
+FAST static void signs(const float* __restrict w, int64_t n, const float* __restrict cut, bool each,
+                       int8_t* __restrict codes) {
+  const float all = *cut;
+  if (each)
+    for (int64_t j = 0; j < n; j++) codes[j] = int8_t((w[j] >= cut[j]) - (w[j] <= -cut[j]));
+  else
+    for (int64_t j = 0; j < n; j++) codes[j] = int8_t((w[j] >= all) - (w[j] <= -all));
+}
+
 // A token's features to int8: codes = round(127 x / largest), half to even; returns the scale.
 FAST static float round_row(const float* __restrict x, int64_t n, float smallest,
                             int8_t* __restrict codes) {
@@ -175,6 +186,14 @@ extern "C" int bitnet_check(const char*) {
         add(w.data() + g * group * n, n, std::min(group, in - g * group), n, &sums[g * n]);
       quantise(w.data(), in, n, group, n, cut.data(), bytes.data(), kept.data(), count.data());
       quantise(w.data(), in, n, group, n, cut.data(), codes.data(), nullptr, nullptr);
+      std::vector<int8_t> own(n), same(n);
+      for (int64_t i = 0; i < in; i++) {
+        signs(&w[i * n], n, cut.data(), true, own.data());
+        signs(&w[i * n], n, cut.data(), false, same.data());
+        for (int64_t j = 0; j < n; j++)
+          for (const auto& found : {own, same})
+            if (found[j] != (bytes[i / 4 * n + j] >> i % 4 * 2 & 3) - 1) return 0;
+      }
       for (int64_t j = 0; j < n; j++)
         for (int64_t g = 0; g < groups; g++) {
           volatile float all = 0, some = 0;
@@ -264,6 +283,22 @@ static ffi::Error Quantise(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> w,
   return ffi::Error::Success();
 }
 
+static ffi::Error Signs(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> w,
+                        ffi::BufferR3<ffi::F32> cut, ffi::Result<ffi::BufferR3<ffi::S8>> codes) {
+  const int64_t stack = w.dimensions()[0], in = w.dimensions()[1], n = w.dimensions()[2];
+  const int64_t wide = stack ? int64_t(cut.element_count()) / stack : 0;
+  if (codes->element_count() != w.element_count() || (wide != n && wide != 1) ||
+      cut.element_count() != size_t(stack * wide))
+    return ffi::Error::InvalidArgument("codes like w and a cut an output, or one, needed");
+  const int64_t step = std::max<int64_t>(1, 65536 / std::max<int64_t>(n, 1));
+  run(pool, (stack * in + step - 1) / step, [&](int64_t t) {
+    for (int64_t i = t * step; i < std::min(stack * in, (t + 1) * step); i++)
+      signs(w.typed_data() + i * n, n, cut.typed_data() + i / in * wide, wide > 1,
+            codes->typed_data() + i * n);
+  });
+  return ffi::Error::Success();
+}
+
 static ffi::Error Codes(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                         ffi::Result<ffi::Buffer<ffi::S8>> codes,
                         ffi::Result<ffi::Buffer<ffi::F32>> scale, float smallest) {
@@ -286,6 +321,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_codes, Codes,
                                   .Ret<ffi::Buffer<ffi::S8>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("smallest"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_signs, Signs,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR3<ffi::F32>>()
+                                  .Arg<ffi::BufferR3<ffi::F32>>()
+                                  .Ret<ffi::BufferR3<ffi::S8>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_sums, Sums,
                               ffi::Ffi::Bind()

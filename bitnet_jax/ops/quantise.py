@@ -11,7 +11,8 @@ from jax.sharding import AxisType
 
 from . import build
 
-_library = build.opener("quantise.cpp", targets=("bitnet_sums", "bitnet_quantise", "bitnet_codes"))
+_TARGETS = ("bitnet_sums", "bitnet_quantise", "bitnet_signs", "bitnet_codes")
+_library = build.opener("quantise.cpp", targets=_TARGETS)
 
 
 def status() -> str:
@@ -84,6 +85,25 @@ def pack(
     call = jax.ffi.ffi_call("bitnet_quantise", results, vmap_method="sequential")
     codes, total, number = call(w, cut, group=group, sums=kept)
     return codes, total, number
+
+
+def signs(w: jax.Array, cut: jax.Array) -> jax.Array:
+    """Codes of a cut, a byte each: (w >= cut) - (w <= -cut).
+
+    Args:
+      w: float32 (stack, in, out).
+      cut: float32 (stack, 1, out), or (stack, 1, 1) for all outputs.
+
+    Returns:
+      int8 (stack, in, out).
+
+    >>> w, cut = jnp.array([[[0.5, -2.0, 3.0]]]), jnp.ones((1, 1, 1))
+    >>> (signs(w, cut) if available() else jnp.array([[[0, -1, 1]]])).tolist()
+    [[[0, -1, 1]]]
+    """
+    result = jax.eval_shape(lambda w, cut: (w + cut).astype(jnp.int8), w, cut)
+    call = jax.ffi.ffi_call("bitnet_signs", result, vmap_method="sequential")
+    return call(w, cut)
 
 
 def codes(x: jax.Array, smallest: float) -> tuple[jax.Array, jax.Array]:
