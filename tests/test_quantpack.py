@@ -100,6 +100,23 @@ def test_a_nan_stays_in_its_own_sums():
 
 
 @needs_native
+@pytest.mark.parametrize("outputs", [1, 333])
+def test_codes_of_a_cut(outputs):
+    w = np.asarray(normal(9, 3, 100, 333)).copy()
+    cut = np.abs(np.asarray(normal(10, 3, 1, outputs)))
+    w[0, 0], w[0, 1] = cut[0], -cut[0]  # on the cut
+    w[1, 2, :3] = np.nan, np.inf, -np.inf
+    cut[2, 0, 0] = np.nan
+    expected = (w >= cut).astype(np.int8) - (w <= -cut)
+    assert_array_equal(quantise.signs(w, cut), expected)
+    assert_array_equal(jax.vmap(quantise.signs)(w[:, None], cut[:, None])[:, 0], expected)
+    scheme = Scheme(scale="tensor" if outputs == 1 else "channel")
+    found = quantize_kernel(w[0], scheme)
+    cut = cut_of(found.scale, scheme)
+    assert_array_equal(found.codes, (w[0] >= cut).astype(np.int8) - (w[0] <= -cut))
+
+
+@needs_native
 @pytest.mark.parametrize("shape", [(512, 40), (3, 100, 333), (1, 16384)])
 def test_activations_have_the_bits_of_xla(shape):
     """Rows of all sizes, ties, infinities; by themselves, under vmap, and under grad."""
