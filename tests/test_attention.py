@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from bitnet_jax.models.attention import attend
+from bitnet_jax.models.attention import _by_xla, attend
 from bitnet_jax.ops import attention as native
 
 from .battery import run_python
@@ -155,6 +155,21 @@ def test_every_transformation_has_the_op():
     assert jax.eval_shape(gradients, q, k, v)[1].shape == k.shape
     elsewhere = jax.jit(gradients).trace(q, k, v).lower(lowering_platforms=("tpu",)).as_text()
     assert "bitnet_attention" not in elsewhere and "dot_general" in elsewhere
+
+
+@needs_native
+def test_derivatives_of_second_order():
+    q, k, v = inputs(length=20)
+    seen = jnp.asarray(causal(20, 7))
+
+    def second(attend):
+        loss = lambda a: (jnp.cos(attend(*a, seen))).sum()
+        change = jax.tree.map(jnp.ones_like, (q, k, v))
+        along = lambda a: sum(g.sum() for g in jax.grad(loss)(a))
+        return jax.grad(along)((q, k, v)), jax.jvp(jax.grad(loss), ((q, k, v),), (change,))[1]
+
+    for a, b in zip(jax.tree.leaves(second(attend)), jax.tree.leaves(second(_by_xla))):
+        assert_allclose(a, b, atol=1e-4)
 
 
 @needs_native

@@ -1,6 +1,7 @@
 """Attention after its projections, in the order of operations that CPUs are fast at."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ def attend(
     y = (w v) / sum w,  w = exp(s - max s)
 
     On CPUs, in float32 and where a compiler is there, `bitnet_jax.ops.attention` does it: XLA
-    multiplies a batch of small matrices on one thread. As `bitnet_jax.dot_general` it can be
-    differentiated once, backwards.
+    multiplies a batch of small matrices on one thread. First derivatives are backward ones then, as
+    those of `bitnet_jax.dot_general` are.
 
     Args:
       query: (batch, length, heads, e).
@@ -71,9 +72,46 @@ def _of_pairs(seen: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
     return seen.reshape((1,) * (4 - seen.ndim) + seen.shape)
 
 
-def _on_cpus(form: Callable, other: Callable, *operands):
+def _on_cpus(form: Callable, other: Callable, *operands) -> Any:
     pick = lambda platform: "native" if platform == "cpu" else "xla"
     return by_platform(pick, {"native": form, "xla": other}, *operands)
+
+
+def _gradients_by_xla(query, key, value, seen, g):
+    return jax.vjp(lambda q, k, v: _by_xla(q, k, v, seen), query, key, value)[1](g)
+
+
+@jax.custom_jvp
+def _forward(*operands) -> Any:
+    """y, and what `_backward` wants to know; derivatives of second order are XLA's."""
+
+    def other(*operands):  # what log_sum is there no one asks
+        y = _by_xla(*operands)
+        return y, y.sum(-1).transpose(0, 2, 1)
+
+    return _on_cpus(native.forward, other, *operands)
+
+
+@_forward.defjvp
+def _forward_jvp(operands, tangents):
+    seen = operands[3]
+    _, dy = jax.jvp(lambda q, k, v: _by_xla(q, k, v, seen), operands[:3], tangents[:3])
+    y, log_sum = _forward(*operands)
+    return (y, log_sum), (dy, jnp.zeros_like(log_sum))  # `_backward_jvp` has no use for it
+
+
+@jax.custom_jvp
+def _backward(query, key, value, seen, y, log_sum, g) -> Any:
+    other = lambda q, k, v, seen, y, log_sum, g: _gradients_by_xla(q, k, v, seen, g)
+    return _on_cpus(native.backward, other, query, key, value, seen, y, log_sum, g)
+
+
+@_backward.defjvp
+def _backward_jvp(operands, tangents):
+    query, key, value, seen, _, _, g = operands
+    f = lambda q, k, v, g: _gradients_by_xla(q, k, v, seen, g)
+    _, changes = jax.jvp(f, (query, key, value, g), (*tangents[:3], tangents[-1]))
+    return _backward(*operands), changes
 
 
 @jax.custom_vjp
@@ -84,20 +122,13 @@ def _by_cpp(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array)
 # The layers of a network have few shapes: jit traces each of them once.
 @jax.jit
 def _by_cpp_fwd(*operands):
-    def other(*operands):  # what log_sum is there no one asks
-        y = _by_xla(*operands)
-        return y, y.sum(-1).transpose(0, 2, 1)
-
-    y, log_sum = _on_cpus(native.forward, other, *operands)
+    y, log_sum = _forward(*operands)
     return y, (*operands, y, log_sum)
 
 
 @jax.jit
 def _by_cpp_bwd(kept, g):
-    def other(query, key, value, seen, y, log_sum, g):
-        return jax.vjp(lambda q, k, v: _by_xla(q, k, v, seen), query, key, value)[1](g)
-
-    return (*_on_cpus(native.backward, other, *kept, g), None)
+    return (*_backward(*kept, g), None)
 
 
 _by_cpp.defvjp(_by_cpp_fwd, _by_cpp_bwd)
