@@ -43,8 +43,11 @@ def attend(
 def _by_xla(
     query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array | None
 ) -> jax.Array:
-    """Divided after the product with the values. XLA on CPUs fuses a division before it into that
-    product and loses its fast path, for seven times the time."""
+    """The same in `jax.numpy`.
+
+    Divided after the product with the values: XLA on CPUs fuses a division before it into that
+    product and loses its fast path, for seven times the time.
+    """
     batch, length, heads, size = query.shape
     groups = key.shape[2]
     # The queries that share a key head are rows of one matrix: keys are never repeated.

@@ -57,10 +57,10 @@ struct Seen {
 };
 
 // q and y are (batch, length, heads, size), k and v (batch, keys, groups, size), a group for as many
-// heads in a row; who is seen (batch, heads, length, keys), any of them 1 for all.
+// heads in a row; what is seen (batch, heads, length, keys), any of them 1 for all.
 struct Shapes {
   int64_t batch, length, heads, size, keys, groups;
-  int64_t who[4];
+  int64_t mask[4];
 
   Rows queries(const float* x, int64_t b, int64_t head) const {
     return {const_cast<float*>(x) + (b * length * heads + head) * size, heads * size};
@@ -69,8 +69,8 @@ struct Shapes {
     return {const_cast<float*>(x) + (b * keys * groups + group) * size, groups * size};
   }
   Seen seen(const uint8_t* x, int64_t b, int64_t head) const {
-    const int64_t matrix = (who[0] > 1 ? b * who[1] : 0) + (who[1] > 1 ? head : 0);
-    return {x + matrix * who[2] * who[3], who[2] > 1 ? who[3] : 0, who[3] > 1};
+    const int64_t matrix = (mask[0] > 1 ? b * mask[1] : 0) + (mask[1] > 1 ? head : 0);
+    return {x + matrix * mask[2] * mask[3], mask[2] > 1 ? mask[3] : 0, mask[3] > 1};
   }
 };
 
@@ -177,7 +177,7 @@ static ffi::Error Attention(ffi::ThreadPool pool, Floats q, Floats k, Floats v, 
            y->typed_data(), log_sum->typed_data()};
   const int64_t tasks = s.batch * s.heads;
   if (!tasks || !s.length) return ffi::Error::Success();
-  // Heads are cut where they are fewer than threads; every part turns the keys for itself.
+  // Heads are cut where they are fewer than threads; every part transposes the keys for itself.
   const int64_t parts = std::clamp<int64_t>(2 * pool.num_threads() / tasks, 1, (s.length + 95) / 96);
   const int64_t rows = ((s.length + parts - 1) / parts + 47) / 48 * 48;
   run(pool, tasks * parts, [&](int64_t task) {

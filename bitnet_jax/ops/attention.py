@@ -7,14 +7,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from . import build
 
 _TARGETS = ("bitnet_attention", "bitnet_attention_gradients")
 _library = build.opener("attention.cpp", "attention_kernels.h", targets=_TARGETS)
 # Fewer queries, or many more keys, are hardly more than a reading of the keys, which XLA does as
-# well; a cache of them, which lies otherwise, it does not even turn.
+# well; a cache of them it reads as it lies.
 _QUERIES, _KEYS_A_QUERY = 16, 64
 
 
@@ -39,8 +38,8 @@ def serves(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
         return False
     if any(x.dtype != jnp.float32 for x in arrays):
         return False
-    if any(AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types for x in arrays):
-        return False  # an op cannot say how its result lies on a mesh whose axes are part of types
+    if any(build.explicitly_sharded(x) for x in arrays):
+        return False
     return jax.default_backend() == "cpu" and bool(variants())
 
 

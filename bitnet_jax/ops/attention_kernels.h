@@ -68,7 +68,7 @@ static void copy(Rows from, int64_t rows, int64_t size, int64_t ld, float* to) {
 }
 
 // to[feature][row].
-static void turn(Rows from, int64_t rows, int64_t size, int64_t ld, float* to) {
+static void copy_transposed(Rows from, int64_t rows, int64_t size, int64_t ld, float* to) {
   typedef float Eight __attribute__((vector_size(32)));
   const int64_t whole = size / 8 * 8;
   for (int64_t r = 0; r < rows; r += 8) {
@@ -151,7 +151,7 @@ static void forward(const Shapes& all, const Arrays& a, int64_t batch, int64_t h
   float* weights = room(3, QUERIES * s.across);
   float* out = room(4, QUERIES * s.features);
   const int64_t most = seen.end(from, to - from, s.keys);
-  turn(k, most, s.size, s.across, keys);
+  copy_transposed(k, most, s.size, s.across, keys);
   copy(v, most, s.size, s.features, values);
   for (int64_t i = from; i < to; i += QUERIES) {
     const int64_t rows = std::min(QUERIES, to - i), end = seen.end(i, rows, s.keys);
@@ -188,8 +188,8 @@ static void backward(const Shapes& all, const Arrays& a, int64_t batch, int64_t 
   float *key_sums = room(8, sums), *value_sums = room(9, sums);
   std::fill_n(key_sums, sums, 0.0f);
   std::fill_n(value_sums, sums, 0.0f);
-  turn(k, s.keys, s.size, s.across, keys);
-  turn(v, s.keys, s.size, s.across, values);
+  copy_transposed(k, s.keys, s.size, s.across, keys);
+  copy_transposed(v, s.keys, s.size, s.across, values);
   copy(k, s.keys, s.size, s.features, key_rows);
   for (int64_t head = group * heads; head < (group + 1) * heads; head++) {
     const Rows q = all.queries(a.q, batch, head), g = all.queries(a.g, batch, head);
@@ -230,5 +230,4 @@ static void backward(const Shapes& all, const Arrays& a, int64_t batch, int64_t 
   }
 }
 
-#undef INLINE
 #undef BYTES

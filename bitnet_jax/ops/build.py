@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+from jax.sharding import AxisType
 
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
 _SHARED = ("tasks.h", "variants.h", "vectors.h")
@@ -117,6 +118,11 @@ def _open(sources: tuple[Path, ...], targets: tuple[str, ...]) -> Library:
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library[target]), platform="cpu")
     also = f" (also here: {', '.join(right[1:])})" if right[1:] else ""
     return Library(right, f"native op, variant {right[0]}{also}{dropped}")
+
+
+def explicitly_sharded(x: jax.Array) -> bool:
+    """Whether x's mesh has axes that are part of types: no op can say how its result lies there."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def opener(*names: str, targets: tuple[str, ...]) -> Callable[[], Library]:

@@ -22,18 +22,11 @@ namespace ffi = xla::ffi;
 #define FAST
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
-
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 typedef uint8_t Bytes8 __attribute__((vector_size(8)));
 
-template <class T>
-INLINE T load(const void* from) {
-  T value;
-  memcpy(&value, from, sizeof value);
-  return value;
-}
+#include "vectors.h"
 
 // Outputs of a task, at least and at most. Rows of 1024, a page, break prefetching off: the codes of
 // 128 MB took 12 ms, of 8192 they take 7, and the sums and cuts of so many still fit the L2 cache.

@@ -7,7 +7,6 @@ Sums have the same bits as those of `bitnet_jax.reduce`. Compiled at first use, 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
 from . import build
 
@@ -26,11 +25,8 @@ def available() -> bool:
 
 
 def serves(x: jax.Array) -> bool:
-    """Whether there is such an op for x, should it be on a CPU.
-
-    None of ours can say how its result lies on a mesh whose axes are part of types.
-    """
-    return AxisType.Explicit not in jax.typeof(x).sharding.mesh.axis_types and available()
+    """Whether there is such an op for x, should it be on a CPU."""
+    return not build.explicitly_sharded(x) and available()
 
 
 def sums(w: jax.Array, group: int, outputs: bool = False) -> jax.Array:

@@ -288,7 +288,7 @@ static void pair_gradients(const float* g, const float* scales, int64_t tokens, 
   }
 }
 
-static inline __attribute__((always_inline)) void tile(const int32_t* codes,
+INLINE void tile(const int32_t* codes,
                                                        const Ints (*g)[EIGHTS], int64_t pairs,
                                                        Ints (*sums)[EIGHTS]) {
   WideInts sum[TALL][2] = {};
