@@ -76,8 +76,12 @@ def examine(repeats: int = 7) -> dict:
 
 def _training(backend: str) -> str:
     """Which form a training step's products have here, and why."""
-    if choose_dense(backend, 1024, 1024, 1024) == "native":
+    forward = choose_dense(backend, 1024, 1024, 1024)
+    backward = choose_dense(backend, 1024, 1024, 1024, "float32")
+    if forward == "native":
         return f"training: in C++, this CPU has no matrix units for int8 ({training.status()})"
+    if backward == "native":
+        return f"training: XLA's int8 forward, by matrix units; backward C++ ({training.status()})"
     if backend == "cpu" and not matrix_units():
         return f"training: XLA's int8, for want of an op in C++ ({training.status()})"
     return "training: XLA's int8, which this machine has matrix units for"

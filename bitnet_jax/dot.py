@@ -77,11 +77,11 @@ def accumulate(
     return product(_by_group(x, groups, size, batch_dims), blocks, batch_dims + 1)
 
 
-def _pick(op: str | None, rows: int, inputs: int, outputs: int) -> Callable[[str], str]:
-    """platform -> ``"native"`` or ``"xla"``, for ternary codes of a byte each."""
+def _pick(op: str | None, rows: int, inputs: int, outputs: int, dtype) -> Callable[[str], str]:
+    """platform -> ``"native"`` or ``"xla"``, for rows of a dtype times one-byte ternary codes."""
     if op is not None:
         return lambda platform: "native" if op == "native" else "xla"
-    return lambda platform: choose_dense(platform, rows, inputs, outputs)
+    return lambda platform: choose_dense(platform, rows, inputs, outputs, dtype)
 
 
 def _flat(x: jax.Array, batch_dims: int) -> jax.Array:
@@ -91,14 +91,15 @@ def _flat(x: jax.Array, batch_dims: int) -> jax.Array:
 
 def _dense_product(x: jax.Array, codes: jax.Array, batch_dims: int, op: str | None):
     """int8 (*batch, *rows, in) times codes (*batch, in, out), int32 (*batch, *rows, out)."""
-    rows = x.shape[batch_dims:-1]
+    rows, (inputs, outputs) = x.shape[batch_dims:-1], codes.shape[-2:]
 
     def native(x, codes):
         y = training.ternary_product(_flat(x, batch_dims), codes)
         return y.reshape(*y.shape[:batch_dims], *rows, y.shape[-1])
 
     forms = {"native": native, "xla": lambda x, codes: integer_product(x, codes, batch_dims)}
-    return by_platform(_pick(op, math.prod(rows), *codes.shape[-2:]), forms, x, codes)
+    pick = _pick(op, math.prod(rows), inputs, outputs, x.dtype)
+    return by_platform(pick, forms, x, codes)
 
 
 def _by_group(x: jax.Array, groups: int, size: int, batch_dims: int) -> jax.Array:
@@ -209,7 +210,7 @@ def _grad_input(g, weight, batch_dims, dtype, precision, op):
     if not isinstance(weight, Ternary) or weight.group:
         return by_xla(g, weight)
     inputs, outputs = weight.codes.shape[-2:]
-    pick = _pick(op, math.prod(g.shape[batch_dims:-1]), outputs, inputs)
+    pick = _pick(op, math.prod(g.shape[batch_dims:-1]), outputs, inputs, g.dtype)
     return by_platform(pick, {"native": native, "xla": by_xla}, g, weight)
 
 
@@ -230,7 +231,8 @@ def _grad_weight(codes, scale, g, batch_dims, dtype, precision, op):
     if not _reduced(precision):
         return by_xla(codes, scale, g)
     count = math.prod(g.shape[i] for i in rows)
-    pick = _pick(op, count, codes.shape[-1], g.shape[-1])
+    # XLA's form takes as long in bfloat16 as in float32, so what g is in does not matter.
+    pick = _pick(op, count, codes.shape[-1], g.shape[-1], jnp.float32)
     return by_platform(pick, {"native": in_16_bits, "xla": by_xla}, codes, scale, g)
 
 

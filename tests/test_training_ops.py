@@ -210,11 +210,15 @@ def test_int8_codes_are_not_taken_for_ternary_ones():
 
 
 @needs_native
-def test_the_default_reaches_the_native_form_where_it_is_chosen(monkeypatch):
-    monkeypatch.setattr(CHOOSE, "matrix_units", lambda: False)
-    x, w = normal(20, 64, 128), normal(21, 128, 128)
+@pytest.mark.parametrize("amx", [False, True])
+def test_the_default_reaches_the_native_form_where_it_is_chosen(monkeypatch, amx):
+    monkeypatch.setattr(CHOOSE, "matrix_units", lambda: amx)
+    if amx:
+        monkeypatch.setattr(training, "variants", lambda: ("avx512vnni",))
+    rows = 96 if amx else 64  # a product is traced once a shape
+    x, w = normal(20, rows, 128), normal(21, 128, 128)
     step = jax.jit(jax.value_and_grad(lambda x, w: dot_general(x, w, MATMUL).sum(), (0, 1)))
-    assert step.lower(x, w).as_text().count("bitnet_ternary_product") == 2
+    assert step.lower(x, w).as_text().count("bitnet_ternary_product") == (1 if amx else 2)
     _, (dx, dw) = step(x, w)
     want = jax.grad(lambda x, w: ste_matmul(x, w, Scheme()).sum(), (0, 1))(x, w)
     assert_allclose(dx, want[0], rtol=1e-4, atol=1e-4)
@@ -228,6 +232,11 @@ def test_the_table_of_choices(monkeypatch):
     assert choose_dense("cpu", 1, 384, 384) == choose_dense("cuda", 1024, 384, 384) == "xla"
     monkeypatch.setattr(CHOOSE, "matrix_units", lambda: True)
     assert choose_dense("cpu", 1024, 384, 384) == "xla"
+    monkeypatch.setattr(training, "variants", lambda: ("avx512vnni", "avx2", "portable"))  # AMX
+    chosen = [choose_dense("cpu", 1024, 384, 384, t) for t in ("int8", "bfloat16", jnp.float32)]
+    assert chosen == ["xla", "xla", "native"]
+    monkeypatch.setattr(training, "variants", lambda: ("portable",))  # ARM
+    assert choose_dense("cpu", 1024, 384, 384, "float32") == "xla"
 
 
 @pytest.mark.parametrize("isa", [None, "mmx"])

@@ -20,11 +20,13 @@ Codes of one byte, which training multiplies by, forward and for both gradients 
 
 | platform            | op     | why                                                             |
 |---------------------|--------|-----------------------------------------------------------------|
-| cpu, matrix units   | xla    | its int8 product is 8 to 13 times its float32 one with AMX      |
+| cpu, matrix units   | xla    | its int8 product is 8 to 13 times its float32 one with AMX,     |
+|                     |        | its bfloat16 grad-input 2.2 times                               |
+| the same, float32   | native | gradients: no matrix units take them, so they are looked up     |
 | cpu without         | native | C++, looks sums up; where a compiler is there, for shapes above |
 |                     |        | a few rows; XLA's int8 is 1.2 to 1.7 times its float32 on VNNI  |
 |                     |        | (Zen 4), no faster with AVX2                                    |
-| cpu without, small  | xla    | also without a compiler                                         |
+| any cpu, small      | xla    | also without a compiler, and all on ARM with a dot product      |
 | other               | xla    | matrix units take int8                                          |
 
 Every op gives the same int32 accumulators, to the bit, so the choice is never seen in a result;
@@ -108,21 +110,29 @@ def matrix_units() -> bool:
     return not _MATRIX_UNITS.isdisjoint(words)
 
 
-def choose_dense(platform: str, rows: int, inputs: int, outputs: int) -> str:
-    """``"native"`` or ``"xla"``, for rows of activations times a matrix of one-byte ternary codes.
+def choose_dense(
+    platform: str, rows: int, inputs: int, outputs: int, dtype: jax.typing.DTypeLike = "int8"
+) -> str:
+    """``"native"`` or ``"xla"``, for rows times a matrix of one-byte ternary codes.
 
     Args:
       platform: as XLA names it.
       rows: that meet the matrix in a call.
       inputs, outputs: the matrix's sizes.
+      dtype: of the rows: int8 of activations, a float of gradients.
 
     >>> choose_dense("cuda", 1024, 384, 384)
     'xla'
     """
     small = rows < _DENSE["rows"] or inputs < _DENSE["inputs"] or outputs < _DENSE["outputs"]
-    if platform != "cpu" or small or matrix_units():
+    if platform != "cpu" or small:
         return "xla"
-    return "native" if training.variants() else "xla"
+    found = training.variants()
+    # CPUs with AMX have these vectors too, and no matrix units for float32.
+    looked_up = jax.numpy.dtype(dtype) == "float32" and found[:1] == ("avx512vnni",)
+    if matrix_units() and not looked_up:
+        return "xla"
+    return "native" if found else "xla"
 
 
 def by_platform(

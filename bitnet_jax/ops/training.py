@@ -1,4 +1,4 @@
-"""The products of a training step in C++, for CPUs without matrix units for int8.
+"""The products of a training step in C++, for CPUs without matrix units for what meets the codes.
 
 A multiplication of bytes gains little there (VNNI) or nothing (AVX2), but ternary codes need none:
 for four inputs the 81 sums there can be are computed once and looked up, in int8 and in float32
