@@ -12,14 +12,14 @@
 
 // sums[i] + the four products of unsigned and signed bytes under it, in int32 without saturation.
 #define DPBUSD                                                                 \
-  for (int i = 0; i < VECTOR; i++) sums[i / 4] += codes[i] * int8_t(x[i]); \
+  for (int i = 0; i < BYTES; i++) sums[i / 4] += codes[i] * int8_t(x[i]); \
   return sums;
 
 #undef KEEP  // asks for registers of that width
 #define KEEP(vector)
 
 namespace as_avx512vnni {
-#define VECTOR 64
+#define BYTES 64
 #define GROUP 4
 #define AT_ONCE 2
 #define DOT DPBUSD
@@ -27,7 +27,7 @@ namespace as_avx512vnni {
 }  // namespace as_avx512vnni
 
 namespace as_avxvnni {
-#define VECTOR 32
+#define BYTES 32
 #define GROUP 4
 #define AT_ONCE 1
 #define DOT DPBUSD

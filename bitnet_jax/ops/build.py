@@ -23,7 +23,7 @@ import jax
 from jax.sharding import AxisType
 
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-w")
-_SHARED = ("tasks.h", "variants.h", "vectors.h")
+_SHARED = ("lookup.h", "tasks.h", "variants.h", "vectors.h")
 _LOCK = threading.Lock()
 
 

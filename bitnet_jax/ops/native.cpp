@@ -43,10 +43,8 @@ constexpr int STRIP = 1024;  // and its columns: their sums fit the L2 cache
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#define ZIP SHUFFLE
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Bytes){__VA_ARGS__})
-#define ZIP(a, b, ...) __builtin_shuffle(a, b, (std::decay_t<decltype(a)>){__VA_ARGS__})
 #endif
 
 // Compilers turn a chain of additions into a tree, which spills; this keeps the chain.
@@ -70,7 +68,7 @@ static Scratch& scratch() {
 }
 
 namespace portable {  // any CPU that C++ runs on: x's two bytes apart, and two int16 products
-#define VECTOR 16
+#define BYTES 16
 #define GROUP 2
 #define AT_ONCE 2
 #define DOT                                                        \
@@ -83,7 +81,7 @@ namespace portable {  // any CPU that C++ runs on: x's two bytes apart, and two 
 
 BEGIN("avx2")
 namespace avx2 {
-#define VECTOR 32
+#define BYTES 32
 #define GROUP 2
 #define AT_ONCE 2
 #define WIDEN return (Ints8)_mm256_cvtepi16_epi32((__m128i)piece);
@@ -101,7 +99,7 @@ END
 #define HAS_AVXVNNI
 BEGIN("avx2,avxvnni")
 namespace avxvnni {
-#define VECTOR 32
+#define BYTES 32
 #define GROUP 4
 #define AT_ONCE 1
 #define DOT return (Sums)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)x);
@@ -112,7 +110,7 @@ END
 
 BEGIN("avx512f,avx512bw,avx512vl,avx512vnni")
 namespace avx512vnni {
-#define VECTOR 64
+#define BYTES 64
 #define GROUP 4
 #define AT_ONCE 2
 #define DOT return (Sums)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x);
@@ -133,7 +131,7 @@ END
 
 BEGIN("arch=armv8.2-a+dotprod")
 namespace dotprod {
-#define VECTOR 16
+#define BYTES 16
 #define GROUP 4
 #define AT_ONCE 2
 #define DOT return (Sums)vdotq_s32((int32x4_t)sums, (int8x16_t)codes, (int8x16_t)x);

@@ -2,7 +2,7 @@
 //
 // native.cpp includes this file several times, each time inside a namespace, with that variant's
 // instruction set switched on, and these set:
-//   VECTOR   bytes of a vector: 16, 32 or 64
+//   BYTES    of a vector: 16, 32 or 64
 //   GROUP    packed rows that one `dot` takes: 2 (sums in int16) or 4 (sums in int32)
 //   AT_ONCE  rows of x that share one reading of the codes, as far as the registers go
 //   DOT      dot(sums, codes, x) = sums + codes * x, added up over the GROUP neighbouring bytes
@@ -13,35 +13,29 @@
 // are other outputs, but a dot instruction adds up neighbours, so it wants the inputs of one output
 // there. GROUP packed rows are therefore interleaved, in registers, one instruction a vector.
 
-#ifndef WIDEN
-#define WIDEN return __builtin_convertvector(piece, Ints8);
-#endif
-#include "vectors.h"
+#include "lookup.h"
 
-typedef uint8_t Bytes __attribute__((vector_size(VECTOR)));
-typedef int16_t Shorts __attribute__((vector_size(VECTOR)));
+typedef uint8_t Bytes __attribute__((vector_size(BYTES)));
+typedef int16_t Shorts __attribute__((vector_size(BYTES)));
 typedef std::conditional_t<GROUP == 2, int16_t, int32_t> Sum;
 typedef std::conditional_t<GROUP == 2, uint16_t, uint32_t> Word;  // GROUP bytes of x, to be spread
-typedef Sum Sums __attribute__((vector_size(VECTOR)));
-typedef Word Words __attribute__((vector_size(VECTOR)));
+typedef Sum Sums __attribute__((vector_size(BYTES)));
+typedef Word Words __attribute__((vector_size(BYTES)));
 
-typedef int8_t Bytes16 __attribute__((vector_size(16)));
-typedef int16_t Shorts8 __attribute__((vector_size(16)));
 typedef int32_t Ints4 __attribute__((vector_size(16)));
 
-INLINE Ints8 widen(Shorts8 piece) { WIDEN }
 INLINE Ints4 widen(Ints4 piece) { return piece; }
 INLINE Sums dot(Sums sums, Bytes codes, Bytes x) { DOT }
 
 // Interleaving works within each 128 bits, as the instructions of all these machines do.
-#define PAIR(i) i, VECTOR + (i)
+#define PAIR(i) i, BYTES + (i)
 #define PAIRS(i) PAIR(i), PAIR(i + 1), PAIR(i + 2), PAIR(i + 3), PAIR(i + 4), PAIR(i + 5), \
                  PAIR(i + 6), PAIR(i + 7)
-#define TWO(i) i, i + 1, VECTOR + (i), VECTOR + i + 1
+#define TWO(i) i, i + 1, BYTES + (i), BYTES + i + 1
 #define TWOS(i) TWO(i), TWO(i + 2), TWO(i + 4), TWO(i + 6)
-#if VECTOR == 16
+#if BYTES == 16
 #define LANES(of, i) of(i)
-#elif VECTOR == 32
+#elif BYTES == 32
 #define LANES(of, i) of(i), of(i + 16)
 #else
 #define LANES(of, i) of(i), of(i + 16), of(i + 32), of(i + 48)
@@ -71,7 +65,7 @@ constexpr int STREAMS = 8;
 constexpr int GROUPS = STREAMS / GROUP;
 constexpr int64_t AHEAD = 256;  // columns; what was asked for so early has come when it is used
 
-// out[m][0 .. VECTOR) += sum over 32 inputs of (code + 1) * x, for M rows of x.
+// out[m][0 .. BYTES) += sum over 32 inputs of (code + 1) * x, for M rows of x.
 //
 // Inputs 0 and 2 of a byte are masked to code + 1, inputs 1 and 3 to 4 (code + 1), which saves
 // their shift: their sums are four times too large, and divided in the end, exactly. No sum leaves
@@ -84,7 +78,7 @@ INLINE void step(const uint8_t* const* row, int64_t column, int64_t ahead,
   for (int g = 0; g < GROUPS; g++) {
     Bytes part[GROUP];
     interleave(row + g * GROUP, column, part);
-    if (VECTOR == 64 || column % 64 == 0)  // once a cache line
+    if (BYTES == 64 || column % 64 == 0)  // once a cache line
       for (int i = 0; i < GROUP; i++) __builtin_prefetch(row[g * GROUP + i] + ahead);
 #pragma GCC unroll 2
     for (int j = 0; j < 4; j += 2) {
@@ -110,10 +104,10 @@ INLINE void step(const uint8_t* const* row, int64_t column, int64_t ahead,
   typedef Sum Piece __attribute__((vector_size(PIECE * sizeof(Sum))));
 #pragma GCC unroll 2
   for (int m = 0; m < M; m++) {
-    Sum sums[GROUP][VECTOR / GROUP];
+    Sum sums[GROUP][BYTES / GROUP];
     for (int q = 0; q < GROUP; q++) store(sums[q], ones[m][q] + (fours[m][q] >> 2));
 #pragma GCC unroll 16
-    for (int i = 0; i < VECTOR / PIECE; i++) {
+    for (int i = 0; i < BYTES / PIECE; i++) {
       Piece piece = load<Piece>(&sums[i % GROUP][i / GROUP * PIECE]);
       int32_t* at = out + m * stride + i * PIECE;
       auto wide = widen(piece);
@@ -126,14 +120,14 @@ INLINE void step(const uint8_t* const* row, int64_t column, int64_t ahead,
 template <int M>
 static void last_step(const uint8_t* const* row, int64_t column, int64_t columns,
                       const Words (*x)[GROUPS][4], int32_t* out, int64_t stride) {
-  uint8_t codes[STREAMS][VECTOR] = {};
-  int32_t sums[M][VECTOR] = {};
+  uint8_t codes[STREAMS][BYTES] = {};
+  int32_t sums[M][BYTES] = {};
   const uint8_t* copy[STREAMS];
   for (int i = 0; i < STREAMS; i++) {
     memcpy(codes[i], row[i] + column, columns);
     copy[i] = codes[i];
   }
-  step<M>(copy, 0, 0, x, &sums[0][0], VECTOR);
+  step<M>(copy, 0, 0, x, &sums[0][0], BYTES);
   for (int m = 0; m < M; m++)
     for (int64_t i = 0; i < columns; i++) out[m * stride + i] += sums[m][i];
 }
@@ -185,7 +179,7 @@ static void pair_tables(const int8_t* x, int64_t k, int64_t blocks, int8_t* to) 
       }
 }
 
-// sums[0 .. 2 VECTOR) += one packed row of each stream, two vectors (a cache line) at a time.
+// sums[0 .. 2 BYTES) += one packed row of each stream, two vectors (a cache line) at a time.
 INLINE void look_up_pairs(const uint8_t* const* row, int64_t column, int64_t ahead,
                           const int8_t* tables, int16_t* sums) {
   Sums total[4] = {};
@@ -198,7 +192,7 @@ INLINE void look_up_pairs(const uint8_t* const* row, int64_t column, int64_t ahe
       Bytes low[2], high[2];
 #pragma GCC unroll 2
       for (int v = 0; v < 2; v++) {
-        Bytes codes = load<Bytes>(row[i] + column + v * VECTOR);
+        Bytes codes = load<Bytes>(row[i] + column + v * BYTES);
         low[v] = codes & 15, high[v] = high_halves(codes) & 15;
       }
 #pragma GCC unroll 2
@@ -223,7 +217,7 @@ INLINE void look_up_pairs(const uint8_t* const* row, int64_t column, int64_t ahe
   }
 #pragma GCC unroll 4
   for (int q = 0; q < 4; q++)
-    store(sums + q * VECTOR / 2, load<Sums>(sums + q * VECTOR / 2) + total[q]);
+    store(sums + q * BYTES / 2, load<Sums>(sums + q * BYTES / 2) + total[q]);
 }
 
 static void one(const int8_t* x, int64_t k, const uint8_t* codes, int64_t n, int64_t columns,
@@ -255,7 +249,7 @@ static void one(const int8_t* x, int64_t k, const uint8_t* codes, int64_t n, int
     if (block % WIDEST == WIDEST - 1 || block == blocks - 1)
       for (c = 0; c < columns; c += 8) {
         int16_t* piece =
-            sums + c / VECTOR * VECTOR + c / 8 % 2 * (VECTOR / 2) + c % VECTOR / 16 * 8;
+            sums + c / BYTES * BYTES + c / 8 % 2 * (BYTES / 2) + c % BYTES / 16 * 8;
         Ints8 wide = widen(load<Shorts8>(piece));
         if (c + 8 <= columns) {
           store(out + c, load<Ints8>(out + c) + wide);
@@ -288,7 +282,7 @@ static void few(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, 
         for (int j = 0; j < 4; j++)
           spread[m][g][j] = Words{} + words[((m * blocks + block) * GROUPS + g) * 4 + j];
     int64_t c = 0;
-    for (; c + VECTOR <= columns; c += VECTOR) {
+    for (; c + BYTES <= columns; c += BYTES) {
       // At the end of a strip the stream goes on in its next row.
       int64_t ahead = c + AHEAD < columns ? c + AHEAD : c + AHEAD - columns + n, m = 0;
       for (; m + AT_ONCE <= rows; m += AT_ONCE)
@@ -303,76 +297,14 @@ static void few(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, 
 
 // ---- Many rows: sums of four inputs are looked up ------------------------------------------------
 
-// Four ternary codes have 81 values. For HEIGHT rows of x and four inputs, all 81 sums are computed
-// once (one addition each) and serve every output: its byte chooses which of them is added. That is
-// one addition, and one load, for four products, where a multiplication of bytes needs two
-// instructions for two. What limits it is loading: 32 bytes are 64 products, AVX2 CPUs load 64 bytes
-// a cycle, so 128 products a cycle are the ceiling, four times that of multiplying bytes (32).
-constexpr int HEIGHT = VECTOR == 64 ? 32 : 16;      // rows of x that share a table
-constexpr int PARTS = HEIGHT * 2 / VECTOR;          // vectors that hold one sum for HEIGHT rows
+// See lookup.h; a byte of codes, four inputs, chooses the sum.
+constexpr int HEIGHT = BYTES == 64 ? 32 : 16;       // rows of x that share a table
 constexpr int TABLES = 128 / HEIGHT;                // packed rows at once: 20 KB, for the L1 cache
 constexpr int INPUTS = 4 * TABLES;
 constexpr int BLOCKS = MANY / HEIGHT;
 constexpr int ROW = STRIP + 32;  // of indices: no power of two, whose lines would share a cache set
 // A byte of a damaged weight may hold a code of 3, and point at most 40 sums past its table.
 constexpr int ENTRIES = 81 * TABLES + 40;
-
-// x[r][i] -> to[i][r], sixteen by sixteen: four times, zip the two halves of the rows.
-static void transpose(const int8_t* x, int64_t stride, int16_t (*to)[HEIGHT]) {
-  Bytes16 rows[16], zipped[16];
-  for (int r = 0; r < 16; r++) rows[r] = load<Bytes16>(x + r * stride);
-  for (int round = 0; round < 4; round++) {
-    for (int i = 0; i < 8; i++) {
-      Bytes16 a = rows[i], b = rows[i + 8];
-      zipped[2 * i] = ZIP(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      zipped[2 * i + 1] = ZIP(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    }
-    memcpy(rows, zipped, sizeof rows);
-  }
-  typedef int16_t Sixteen __attribute__((vector_size(32)));
-  for (int i = 0; i < 16; i++) store(to[i], __builtin_convertvector(rows[i], Sixteen));
-}
-
-// The next INPUTS of up to HEIGHT rows of x, 0 where rows or inputs end. Returns the largest sum
-// of their sizes over a row: no sum of them times codes is larger.
-static int32_t take_inputs(const int8_t* x, int64_t rows, int64_t k, int64_t left,
-                           int16_t (*inputs)[HEIGHT]) {
-  int8_t copy[HEIGHT][INPUTS];
-  int64_t stride = k;
-  if (rows < HEIGHT || left < INPUTS) {
-    memset(copy, 0, sizeof copy);
-    for (int64_t r = 0; r < rows; r++)
-      memcpy(copy[r], x + r * k, std::min<int64_t>(left, INPUTS));
-    x = copy[0], stride = INPUTS;
-  }
-  for (int r = 0; r < HEIGHT; r += 16)
-    for (int i = 0; i < INPUTS; i += 16)
-      transpose(x + r * stride + i, stride, (int16_t(*)[HEIGHT])&inputs[i][r]);
-  int16_t size[HEIGHT] = {};
-  for (int i = 0; i < INPUTS; i++)
-    for (int r = 0; r < HEIGHT; r++) size[r] += std::abs(inputs[i][r]);
-  return *std::max_element(size, size + HEIGHT);
-}
-
-// tables[t][i] = sum over the four inputs of packed row t of (digit of i - 1) * x.
-static void fill_tables(const int16_t (*x)[HEIGHT], int16_t (*tables)[HEIGHT]) {
-  for (int t = 0; t < TABLES; t++, x += 4, tables += 81)
-    for (int part = 0; part < HEIGHT; part += VECTOR / 2) {
-      Shorts times[4][3], first[9], last[9];  // an input times -1, 0 and 1; pairs of them
-      for (int j = 0; j < 4; j++) {
-        times[j][2] = load<Shorts>(x[j] + part);
-        times[j][1] = Shorts{}, times[j][0] = -times[j][2];
-      }
-      for (int i = 0; i < 9; i++) {
-        first[i] = times[0][i % 3] + times[1][i / 3];
-        last[i] = times[2][i % 3] + times[3][i / 3];
-      }
-#pragma GCC unroll 9
-      for (int i = 0; i < 9; i++)
-#pragma GCC unroll 9
-        for (int j = 0; j < 9; j++) store(tables[9 * i + j] + part, last[i] + first[j]);
-    }
-}
 
 // Base 4 to base 3, c0 + 4 c1 + 16 c2 + 64 c3 -> c0 + 3 c1 + 9 c2 + 27 c3: which of the 81 sums, as
 // its distance from the table's first in bytes.
@@ -383,63 +315,6 @@ static void indices(const uint8_t* codes, int64_t columns, uint16_t* index) {
   }
 }
 
-// sums[c] += the sums that output c's bytes choose, over TABLES packed rows. Four outputs a turn,
-// because one load then brings four indices: loads are what is scarce.
-static void look_up(const int16_t (*tables)[HEIGHT], const uint16_t (*index)[ROW], int64_t columns,
-                    int16_t* sums) {
-  for (int64_t c = 0; c < columns; c += 4, sums += 4 * HEIGHT) {
-    Shorts sum[4 * PARTS];
-#pragma GCC unroll 8
-    for (int i = 0; i < 4 * PARTS; i++) sum[i] = load<Shorts>(sums + i * VECTOR / 2);
-#pragma GCC unroll 8
-    for (int t = 0; t < TABLES; t++) {
-      uint64_t four = load<uint64_t>(&index[t][c]);
-      const char* table = (const char*)tables[81 * t];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        const char* entry = table + (i < 3 ? low_half(four) : four);
-        four >>= 16;
-        asm("" : "+r"(four));
-#pragma GCC unroll 2
-        for (int part = 0; part < PARTS; part++) {
-          sum[i * PARTS + part] += load<Shorts>(entry + part * VECTOR);
-          KEEP(sum[i * PARTS + part]);
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 4 * PARTS; i++) store(sums + i * VECTOR / 2, sum[i]);
-  }
-}
-
-// out[r][c] = or += sums[c][r], and the sums start again: eight by eight, zipped as in `transpose`.
-template <bool add>
-static void put(int16_t* sums, int64_t columns, int64_t rows, int32_t* out, int64_t n) {
-  // Eight rows at a time: where n is a power of two, lines of more of them share a cache set.
-  for (int r = 0; r < rows; r += 8)
-    for (int64_t c = 0; c < columns; c += 8) {
-      Shorts8 block[8], zipped[8];
-      for (int i = 0; i < 8; i++) block[i] = load<Shorts8>(sums + (c + i) * HEIGHT + r);
-      for (int round = 0; round < 3; round++) {
-        for (int i = 0; i < 4; i++) {
-          zipped[2 * i] = ZIP(block[i], block[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-          zipped[2 * i + 1] = ZIP(block[i], block[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
-        }
-        memcpy(block, zipped, sizeof block);
-      }
-      for (int i = 0; i < std::min<int64_t>(8, rows - r); i++) {
-        int32_t* at = out + (r + i) * n + c;
-        Ints8 wide = widen(block[i]);
-        if (c + 8 <= columns) {
-          store(at, add ? load<Ints8>(at) + wide : wide);
-        } else {
-          for (int64_t j = 0; j < columns - c; j++) at[j] = (add ? at[j] : 0) + wide[j];
-        }
-      }
-    }
-  memset(sums, 0, columns * HEIGHT * sizeof *sums);
-}
-
 // As `few`, for up to MANY rows and STRIP columns: the indices serve all rows.
 static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
                  int64_t columns, int32_t* out) {
@@ -447,14 +322,13 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
   auto sums = (int16_t(*)[STRIP][HEIGHT])scratch().sums;  // [BLOCKS][STRIP][HEIGHT]
   alignas(64) int16_t inputs[INPUTS][HEIGHT], tables[ENTRIES][HEIGHT] = {};
   const int64_t packed = (k + 3) / 4, blocks = (rows + HEIGHT - 1) / HEIGHT;
-  int32_t size[BLOCKS] = {};  // bounds the sums so far, until they are put
-  bool started[BLOCKS] = {};
-  for (int64_t b = 0; b < blocks; b++) memset(sums[b], 0, columns * sizeof *sums[b]);
+  int64_t size[BLOCKS] = {};  // bounds the sums so far, until they are put
+  bool started[BLOCKS] = {}, empty[BLOCKS];
+  std::fill_n(empty, BLOCKS, true);
   auto put_block = [&](int64_t b) {
-    (started[b] ? put<true> : put<false>)(sums[b][0], columns,
-                                          std::min<int64_t>(HEIGHT, rows - b * HEIGHT),
-                                          out + b * HEIGHT * n, n);
-    started[b] = true, size[b] = 0;
+    const int64_t height = std::min<int64_t>(HEIGHT, rows - b * HEIGHT);
+    put(started[b], sums[b], height, columns, out + b * HEIGHT * n, n);
+    started[b] = empty[b] = true, size[b] = 0;
   };
   for (int64_t p = 0; p < packed; p += TABLES) {
     for (int t = 0; t < TABLES; t++) {
@@ -465,12 +339,15 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
     }
     for (int64_t b = 0; b < blocks; b++) {
       const int64_t height = std::min<int64_t>(HEIGHT, rows - b * HEIGHT);
-      int32_t more = take_inputs(x + b * HEIGHT * k + 4 * p, height, k, k - 4 * p, inputs);
+      take(x + b * HEIGHT * k + 4 * p, height, k, k - 4 * p, inputs);
+      const int64_t more = largest(inputs);
       // Small activations, which most are, are put rarely: only when int16 may overflow.
       if (size[b] + more > 32767) put_block(b);
       size[b] += more;
-      fill_tables(inputs, tables);
-      look_up(tables, index, columns, sums[b][0]);
+      for (int t = 0; t < TABLES; t++) fill_table(inputs + 4 * t, tables + 81 * t);
+      (empty[b] ? look_up<TABLES, true, int16_t, HEIGHT> : look_up<TABLES, false, int16_t, HEIGHT>)(
+          tables, index[0], ROW, columns, sums[b]);
+      empty[b] = false;
     }
   }
   for (int64_t b = 0; b < blocks; b++) put_block(b);
@@ -482,10 +359,9 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
 #undef TWO
 #undef TWOS
 #undef LANES
-#undef VECTOR
+#undef BYTES
 #undef GROUP
 #undef AT_ONCE
 #undef DOT
-#undef WIDEN
 #undef LOOKUP
 #undef HIGH_HALVES

@@ -14,8 +14,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "tasks.h"
@@ -42,7 +44,8 @@ BEGIN("avx2,fma")
 namespace avx2 {
 #define BYTES 32
 #define KEEP(vector) asm("" : "+x"(vector))
-#define DOT(sums, a, b) ((sums) + (Ints)_mm256_madd_epi16((__m256i)(a), (__m256i)(b)))
+#define WIDEN return (Ints8)_mm256_cvtepi16_epi32((__m128i)piece);
+#define DOT(sums, a, b) ((sums) + (Ints8)_mm256_madd_epi16((__m256i)(a), (__m256i)(b)))
 #include "training_kernels.h"
 }  // namespace avx2
 END
@@ -50,6 +53,7 @@ BEGIN("avx512f,avx512bw,avx512vl,avx512vnni,fma")
 namespace avx512vnni {
 #define BYTES 64
 #define KEEP(vector) asm("" : "+v"(vector))
+#define WIDEN return (Ints8)_mm256_cvtepi16_epi32((__m128i)piece);
 #define DOT(sums, a, b) ((WideInts)_mm512_dpwssd_epi32((__m512i)(sums), (__m512i)(a), (__m512i)(b)))
 #include "training_kernels.h"
 }  // namespace avx512vnni
