@@ -14,8 +14,8 @@ settings.load_profile("bitnet")
 # Most of the tests' time is XLA compiling the same small programs again: they are kept between
 # tests and runs. One folder a worker, because two writers of one file could tear it.
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
-_COMPILED = Path(tempfile.gettempdir()) / f"bitnet-jax-tests-{os.getuid()}" / _WORKER
-jax.config.update("jax_compilation_cache_dir", str(_COMPILED))
+COMPILED = Path(tempfile.gettempdir()) / f"bitnet-jax-tests-{os.getuid()}" / _WORKER
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
