@@ -231,7 +231,7 @@ def _grad_weight(codes, scale, g, batch_dims, dtype, precision, op):
     if not _reduced(precision):
         return by_xla(codes, scale, g)
     count = math.prod(g.shape[i] for i in rows)
-    # XLA's form takes as long in bfloat16 as in float32, so what g is in does not matter.
+    # With AMX too XLA's form takes as long in bfloat16 as in float32: g's dtype does not matter.
     pick = _pick(op, count, codes.shape[-1], g.shape[-1], jnp.float32)
     return by_platform(pick, {"native": in_16_bits, "xla": by_xla}, codes, scale, g)
 

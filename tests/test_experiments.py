@@ -30,7 +30,7 @@ def test_notebook_runs(path, monkeypatch):
     kept = [output.output_type for cell in code for output in cell.outputs]
     assert "error" not in kept
     resources = {"metadata": {"path": str(FOLDER)}}
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
     warned = [
         output.text
         for cell in code

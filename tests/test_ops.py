@@ -73,6 +73,13 @@ def test_shapes(op, rows, k, n):
 
 
 @pytest.mark.parametrize("isa", VARIANTS)
+def test_no_inputs_are_zeros_whatever_was_multiplied_before(isa):
+    """A thread keeps the room of its sums."""
+    for k in (64, 0):
+        check(OPS[f"native-{isa}"], draw(1, 128, k), draw(2, k, 96, low=-1, high=2))
+
+
+@pytest.mark.parametrize("isa", VARIANTS)
 @pytest.mark.parametrize(
     "rows, k, n", [(1, 1030, 300), (3, 997, 264), (8, 4101, 77), (1, 35, 8192), (2, 259, 9000)]
 )

@@ -20,8 +20,8 @@ Codes of one byte, which training multiplies by, forward and for both gradients 
 
 | platform            | op     | why                                                             |
 |---------------------|--------|-----------------------------------------------------------------|
-| cpu, matrix units   | xla    | its int8 product is 8 to 13 times its float32 one with AMX,     |
-|                     |        | its bfloat16 grad-input 2.2 times                               |
+| cpu, matrix units   | xla    | its int8 product is 8 to 13 times its float32 one with AMX;     |
+|                     |        | gradients in bfloat16 go there too                              |
 | the same, float32   | native | gradients: no matrix units take them, so they are looked up     |
 | cpu without         | native | C++, looks sums up; where a compiler is there, for shapes above |
 |                     |        | a few rows; XLA's int8 is 1.2 to 1.7 times its float32 on VNNI  |

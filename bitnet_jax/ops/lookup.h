@@ -149,6 +149,13 @@ static void look_up(const T (*tables)[ROWS], const uint16_t* index, int64_t stri
   }
 }
 
+template <int COUNT, class T, size_t ROWS>
+static void look_up(bool first, const T (*tables)[ROWS], const uint16_t* index, int64_t stride,
+                    int64_t columns, T (*sums)[ROWS]) {
+  (first ? look_up<COUNT, true, T, ROWS> : look_up<COUNT, false, T, ROWS>)(tables, index, stride,
+                                                                          columns, sums);
+}
+
 // block[i][j] = sums[j][i], eight by eight.
 template <size_t ROWS>
 INLINE void turn_back(const int16_t (*sums)[ROWS], int64_t row, Ints8* block) {

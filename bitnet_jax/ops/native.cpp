@@ -102,6 +102,7 @@ namespace avxvnni {
 #define BYTES 32
 #define GROUP 4
 #define AT_ONCE 1
+#define WIDEN return (Ints8)_mm256_cvtepi16_epi32((__m128i)piece);
 #define DOT return (Sums)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)x);
 #include "native_kernels.h"
 }  // namespace avxvnni
@@ -113,6 +114,7 @@ namespace avx512vnni {
 #define BYTES 64
 #define GROUP 4
 #define AT_ONCE 2
+#define WIDEN return (Ints8)_mm256_cvtepi16_epi32((__m128i)piece);
 #define DOT return (Sums)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x);
 #include "native_kernels.h"
 }  // namespace avx512vnni
@@ -298,6 +300,10 @@ static ffi::Error PackedProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
       !broadcasts(od, cd, axes) || !broadcasts(od, id, axes) || (layers == 0 && matrices))
     return ffi::Error::InvalidArgument("the shapes of x, codes and index do not fit");
   if (rows == 0 || n == 0 || matrices == 0) return ffi::Error::Success();
+  if (k == 0) {
+    std::fill_n(out->typed_data(), matrices * rows * n, 0);
+    return ffi::Error::Success();
+  }
   // A batch of x for one matrix, as vmap makes it of single rows, is that many rows.
   const bool one = size(cd, axes) == 1 && size(id, axes) == 1 && size(xd, axes) == matrices;
   if (one) rows *= matrices, matrices = 1;

@@ -345,8 +345,7 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
       if (size[b] + more > 32767) put_block(b);
       size[b] += more;
       for (int t = 0; t < TABLES; t++) fill_table(inputs + 4 * t, tables + 81 * t);
-      (empty[b] ? look_up<TABLES, true, int16_t, HEIGHT> : look_up<TABLES, false, int16_t, HEIGHT>)(
-          tables, index[0], ROW, columns, sums[b]);
+      look_up<TABLES>(empty[b], tables, index[0], ROW, columns, sums[b]);
       empty[b] = false;
     }
   }

@@ -84,8 +84,7 @@ static void product(const X* x, int64_t rows, int64_t k, const uint16_t* index, 
     for (int i = 0; i < STEP && k0 + i < k; i += 4 * FOURS) {
       for (int t = 0; t < FOURS; t++)
         fill_table(room.inputs + i + 4 * t, room.tables + 81 * t);
-      (empty ? look_up<FOURS, true, T, ROWS<T>> : look_up<FOURS, false, T, ROWS<T>>)(
-          room.tables, index + (k0 + i) / 4 * stride, stride, columns, sums);
+      look_up<FOURS>(empty, room.tables, index + (k0 + i) / 4 * stride, stride, columns, sums);
       empty = false;
     }
   }
