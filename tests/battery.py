@@ -59,3 +59,18 @@ def run_python(code, *args, devices=1, check=True):
     env = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, env=env, check=check, capture_output=True, text=True)
+
+
+def sums_in_turns(seed: int, rows: int, k: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """int8 x (rows, k) and codes (k, n) whose sums stay small for long, then run up or down.
+
+    What adds up in int16 must see both: where nothing overflows yet, and where it is about to.
+    """
+    random = np.random.default_rng(seed)
+    x = random.integers(-128, 128, (rows, k)).astype(np.int8)
+    codes = random.integers(-1, 2, (k, n)).astype(np.int8)
+    for start in range(400, k, 700):
+        run = slice(start, start + int(random.integers(90, 300)))
+        sign = random.choice([-1, 1], n)
+        x[:, run], codes[run] = np.abs(x[:, run].astype(int)).clip(0, 127), sign
+    return x, codes

@@ -19,7 +19,7 @@ from bitnet_jax import ops
 from bitnet_jax.ops import build, native
 from bitnet_jax.packed import pack_codes
 
-from .battery import run_python
+from .battery import run_python, sums_in_turns
 
 VARIANTS = native.variants()
 OPS = {
@@ -113,6 +113,12 @@ def test_no_overflow(op, rows, value, code):
     if op is OPS["decode"] and rows > 1:
         pytest.skip("an op for one or two rows")
     check(op, np.full((rows, 4100), value, np.int8), np.full((4100, 37), code, np.int8))
+
+
+@pytest.mark.parametrize("isa", VARIANTS)
+@pytest.mark.parametrize("rows", [17, 40, 128])
+def test_sums_that_run_up_after_a_while(isa, rows):
+    check(OPS[f"native-{isa}"], *sums_in_turns(rows, rows, 4100, 37))
 
 
 @every_op

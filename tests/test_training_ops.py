@@ -15,7 +15,7 @@ from bitnet_jax.dot import accumulate
 from bitnet_jax.leaf import Int8
 from bitnet_jax.ops import choose_dense, training
 
-from .battery import normal, quantize, run_python, ste_matmul
+from .battery import normal, quantize, run_python, ste_matmul, sums_in_turns
 
 VARIANTS = training.variants()
 needs_native = pytest.mark.skipif(not VARIANTS, reason=training.status())
@@ -50,6 +50,13 @@ def test_ternary_product_of_any_shape(isa, rows, k, n, seed, transposed):
 @pytest.mark.parametrize("value", [-128, 127])
 def test_ternary_product_does_not_overflow(isa, value):
     x, codes = np.full((33, 4100), value, np.int8), np.ones((4100, 5), np.int8)
+    assert_array_equal(training.ternary_product(x, codes, isa=isa), product(x, codes))
+
+
+@each_isa
+@pytest.mark.parametrize("rows", [9, 40])
+def test_ternary_product_of_sums_that_run_up_after_a_while(isa, rows):
+    x, codes = sums_in_turns(rows, rows, 4100, 37)
     assert_array_equal(training.ternary_product(x, codes, isa=isa), product(x, codes))
 
 

@@ -76,23 +76,60 @@ static void take(const X* x, int64_t rows, int64_t k, int64_t left, T (&inputs)[
   turn<COUNT>(x, k, inputs);
 }
 
-// The largest sum of sizes over a row's inputs: no sum of them times codes is larger.
-template <size_t ROWS, size_t COUNT>
-static int64_t largest(const int16_t (&inputs)[COUNT][ROWS]) {
-  int16_t size[ROWS] = {};
-  for (const auto& input : inputs)
-    for (size_t r = 0; r < ROWS; r++) size[r] += std::abs(input[r]);
-  return *std::max_element(size, size + ROWS);
-}
-template <size_t ROWS, size_t COUNT>
-static int64_t largest(const float (&)[COUNT][ROWS]) { return 0; }
-
 typedef int16_t WideShorts __attribute__((vector_size(BYTES)));
 typedef float WideFloats __attribute__((vector_size(BYTES)));
 template <class T> struct WideOf;
 template <> struct WideOf<int16_t> { typedef WideShorts type; };
 template <> struct WideOf<float> { typedef WideFloats type; };
 template <class T> using Wide = typename WideOf<T>::type;
+
+// The largest sum of sizes over a row's inputs: no sum of them times codes is larger.
+template <size_t COUNT, size_t ROWS>
+static int64_t largest(const int16_t (*inputs)[ROWS]) {
+  int16_t size[ROWS] = {};
+  for (size_t i = 0; i < COUNT; i++)
+    for (size_t r = 0; r < ROWS; r++) size[r] += std::abs(inputs[i][r]);
+  return *std::max_element(size, size + ROWS);
+}
+
+// The largest size of a sum.
+template <size_t ROWS>
+static int64_t largest_sum(const int16_t (*sums)[ROWS], int64_t columns) {
+  constexpr int LANES = BYTES / sizeof(int16_t);
+  WideShorts most = {}, least = {};
+  for (int64_t c = 0; c < columns; c++)
+#pragma GCC unroll 2
+    for (int r = 0; r < int(ROWS); r += LANES) {
+      const WideShorts sum = load<WideShorts>(sums[c] + r);
+      most = sum > most ? sum : most;
+      least = sum < least ? sum : least;
+    }
+  int64_t size = 0;
+  for (int i = 0; i < LANES; i++) size = std::max<int64_t>({size, most[i], -int64_t(least[i])});
+  return size;
+}
+
+// Whether sums must be put before COUNT inputs more, lest int16 overflow; counts the inputs to
+// `bound`, which no sum exceeds. Codes of both signs make sums that grow like the root of what they
+// might be: looking at them takes a fifth of the time of putting them, and nearly always finds room.
+template <size_t COUNT, size_t ROWS>
+static bool overflows(const int16_t (*inputs)[ROWS], const int16_t (*sums)[ROWS], int64_t columns,
+                      int64_t& bound) {
+  static_assert(COUNT * 128 <= 32768 / 2);
+  const int64_t more = largest<COUNT>(inputs);
+  bool full = false;
+  if (bound + more > 32767) {
+    bound = largest_sum(sums, columns);
+    full = bound > 32767 / 2;
+    if (full) bound = 0;
+  }
+  bound += more;
+  return full;
+}
+template <size_t COUNT, size_t ROWS>
+static bool overflows(const float (*)[ROWS], const float (*)[ROWS], int64_t, int64_t&) {
+  return false;
+}
 
 // table[i][r] = sum over j of (digit j of i in base 3, less 1) * x[j][r], for 81 entries i.
 template <class T, size_t ROWS>

@@ -37,7 +37,8 @@ namespace ffi = xla::ffi;
 
 constexpr int FEW = 16;      // at most so many rows read the codes directly
 constexpr int MANY = 128;    // rows of a task above that
-constexpr int STRIP = 1024;  // and its columns: their sums fit the L2 cache
+constexpr int STRIP = 1408;  // and its columns: their sums, 352 KB, fit an L2 cache of 512 KB
+constexpr int TURN = 128;    // inputs of it taken at once: whole cache lines of every row
 
 // ---- Variants ------------------------------------------------------------------------------------
 
@@ -60,6 +61,7 @@ constexpr int STRIP = 1024;  // and its columns: their sums fit the L2 cache
 struct Scratch {
   alignas(64) uint16_t index[8 * (STRIP + 32)];
   alignas(64) int16_t sums[MANY * STRIP];
+  alignas(64) int16_t inputs[MANY * TURN];
 };
 
 static Scratch& scratch() {

@@ -301,6 +301,7 @@ static void few(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, 
 constexpr int HEIGHT = BYTES == 64 ? 32 : 16;       // rows of x that share a table
 constexpr int TABLES = 128 / HEIGHT;                // packed rows at once: 20 KB, for the L1 cache
 constexpr int INPUTS = 4 * TABLES;
+static_assert(TURN % INPUTS == 0);
 constexpr int BLOCKS = MANY / HEIGHT;
 constexpr int ROW = STRIP + 32;  // of indices: no power of two, whose lines would share a cache set
 // A byte of a damaged weight may hold a code of 3, and point at most 40 sums past its table.
@@ -320,15 +321,16 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
                  int64_t columns, int32_t* out) {
   auto index = (uint16_t(*)[ROW])scratch().index;         // [TABLES][ROW]
   auto sums = (int16_t(*)[STRIP][HEIGHT])scratch().sums;  // [BLOCKS][STRIP][HEIGHT]
-  alignas(64) int16_t inputs[INPUTS][HEIGHT], tables[ENTRIES][HEIGHT] = {};
+  auto turned = (int16_t(*)[TURN][HEIGHT])scratch().inputs;  // [BLOCKS][TURN][HEIGHT]
+  alignas(64) int16_t tables[ENTRIES][HEIGHT] = {};
   const int64_t packed = (k + 3) / 4, blocks = (rows + HEIGHT - 1) / HEIGHT;
-  int64_t size[BLOCKS] = {};  // bounds the sums so far, until they are put
+  int64_t bound[BLOCKS] = {};  // of the sums so far, until they are put
   bool started[BLOCKS] = {}, empty[BLOCKS];
   std::fill_n(empty, BLOCKS, true);
   auto put_block = [&](int64_t b) {
     const int64_t height = std::min<int64_t>(HEIGHT, rows - b * HEIGHT);
     put(started[b], sums[b], height, columns, out + b * HEIGHT * n, n);
-    started[b] = empty[b] = true, size[b] = 0;
+    started[b] = empty[b] = true;
   };
   for (int64_t p = 0; p < packed; p += TABLES) {
     for (int t = 0; t < TABLES; t++) {
@@ -337,13 +339,11 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
       const uint8_t* next = codes + std::min(p + t + TABLES, packed - 1) * n;
       for (int64_t c = 0; c < columns; c += 64) __builtin_prefetch(next + c);
     }
+    for (int64_t b = 0; b < blocks && 4 * p % TURN == 0; b++)
+      take(x + b * HEIGHT * k + 4 * p, rows - b * HEIGHT, k, k - 4 * p, turned[b]);
     for (int64_t b = 0; b < blocks; b++) {
-      const int64_t height = std::min<int64_t>(HEIGHT, rows - b * HEIGHT);
-      take(x + b * HEIGHT * k + 4 * p, height, k, k - 4 * p, inputs);
-      const int64_t more = largest(inputs);
-      // Small activations, which most are, are put rarely: only when int16 may overflow.
-      if (size[b] + more > 32767) put_block(b);
-      size[b] += more;
+      const auto inputs = turned[b] + 4 * p % TURN;
+      if (overflows<INPUTS>(inputs, sums[b], columns, bound[b])) put_block(b);
       for (int t = 0; t < TABLES; t++) fill_table(inputs + 4 * t, tables + 81 * t);
       look_up<TABLES>(empty[b], tables, index[0], ROW, columns, sums[b]);
       empty[b] = false;

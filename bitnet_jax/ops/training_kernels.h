@@ -12,7 +12,7 @@ typedef int32_t WideInts __attribute__((vector_size(BYTES)));
 // An entry is 64 bytes, of int16 or of float, so the indices are offsets, times 64.
 constexpr int ENTRY = 64;
 constexpr int FOURS = 4;  // fours of inputs at once: their tables, 20 KB, fit the L1 cache
-constexpr int STEP = 32;  // inputs taken from x at once
+constexpr int STEP = 128;  // inputs taken from x at once: whole cache lines of every row
 template <class T> constexpr int ROWS = ENTRY / sizeof(T);
 template <class T> using Row = T[ENTRY / sizeof(T)];
 
@@ -74,13 +74,10 @@ static void product(const X* x, int64_t rows, int64_t k, const uint16_t* index, 
   bool started = false, empty = true;
   for (int64_t k0 = 0; k0 < k; k0 += STEP) {
     take(x + k0, rows, k, k - k0, room.inputs);
-    // Small activations, which most are, are put rarely: only when int16 may overflow.
-    const int64_t more = largest(room.inputs);
-    if (bound + more > 32767) {
+    if (overflows<STEP>(room.inputs, sums, columns, bound)) {
       put(started, sums, rows, columns, out, n);
-      started = empty = true, bound = 0;
+      started = empty = true;
     }
-    bound += more;
     for (int i = 0; i < STEP && k0 + i < k; i += 4 * FOURS) {
       for (int t = 0; t < FOURS; t++)
         fill_table(room.inputs + i + 4 * t, room.tables + 81 * t);
