@@ -88,11 +88,13 @@ class TRM(nn.Module):
         # Twice the same numbers: only the first step sends gradients into the features.
         seen = look(features)
         held = look(jax.lax.stop_gradient(features)) if self.config.detach_between_steps else seen
+        # Flax looks for variables a loop makes by tracing its body once more; only `init` makes any.
         step = nn.scan(
             TRM._step,
             variable_broadcast=True,
             split_rngs={"params": False},
             in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            check_constancy_invariants=self.is_initializing(),
         )
         first = jnp.arange(self.config.T_max) == 0
         _, (ys, zs) = step(self, (y, z), first, seen, held)
@@ -109,6 +111,7 @@ class TRM(nn.Module):
             variable_broadcast=True,
             split_rngs={"params": False},
             length=self.config.micro_steps,
+            check_constancy_invariants=self.is_initializing(),
         )
         z, _ = refine(self, z, None)
         y = self.updater(y, z)
