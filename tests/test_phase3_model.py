@@ -6,6 +6,7 @@ import logging
 import shutil
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file
 from bitnet_jax import BitnetError, Policy, Scheme, convert
 from bitnet_jax.interop import phase3
 from bitnet_jax.interop.phase3_keys import state_dict
-from bitnet_jax.models import quiet_star
+from bitnet_jax.models import quiet_star, trm
 from bitnet_jax.models.titans import attend, recurrence
 from bitnet_jax.train import recursion
 
@@ -124,6 +125,20 @@ def test_ternary_and_packed_are_the_same_network():
     a, b = (call(ternary)(tree, g["input_ids"])["logits"] for tree in (variables, packed))
     np.testing.assert_array_equal(a, b)
     assert np.abs(a - g["logits"]).max() > 0.01  # it is not the float network
+
+
+def test_the_recursion_is_traced_once():
+    """Two loops, one in the other; Flax would trace the inner body four times."""
+    module, variables, g = model("tiny")
+    calls = []
+
+    def count(run, args, kwargs, context):
+        calls.extend([context.method_name] * isinstance(context.module, trm.Refiner))
+        return run(*args, **kwargs)
+
+    with nn.intercept_methods(count):
+        jax.eval_shape(module.apply, variables, g["input_ids"])
+    assert calls.count("__call__") == 1
 
 
 def test_the_recurrence_is_the_loop():

@@ -88,7 +88,8 @@ class TRM(nn.Module):
         # Twice the same numbers: only the first step sends gradients into the features.
         seen = look(features)
         held = look(jax.lax.stop_gradient(features)) if self.config.detach_between_steps else seen
-        # To find variables a loop makes Flax traces its body once more; only `init` makes any.
+        # To find variables a loop makes Flax traces its body once more; only `init` makes any. What
+        # is sown or captured inside a loop is not kept, then; with the check it was an error.
         step = nn.scan(
             TRM._step,
             variable_broadcast=True,

@@ -38,7 +38,7 @@ namespace ffi = xla::ffi;
 constexpr int FEW = 16;      // at most so many rows read the codes directly
 constexpr int MANY = 128;    // rows of a task above that
 constexpr int STRIP = 1408;  // and its columns: their sums, 352 KB, fit an L2 cache of 512 KB
-constexpr int TURN = 128;    // inputs of it taken at once: whole cache lines of every row
+constexpr int TURN = 128;    // and inputs turned at once: whole cache lines of every row
 
 // ---- Variants ------------------------------------------------------------------------------------
 

@@ -339,8 +339,9 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
       const uint8_t* next = codes + std::min(p + t + TABLES, packed - 1) * n;
       for (int64_t c = 0; c < columns; c += 64) __builtin_prefetch(next + c);
     }
-    for (int64_t b = 0; b < blocks && 4 * p % TURN == 0; b++)
-      take(x + b * HEIGHT * k + 4 * p, rows - b * HEIGHT, k, k - 4 * p, turned[b]);
+    if (4 * p % TURN == 0)
+      for (int64_t b = 0; b < blocks; b++)
+        take(x + b * HEIGHT * k + 4 * p, rows - b * HEIGHT, k, k - 4 * p, turned[b]);
     for (int64_t b = 0; b < blocks; b++) {
       const auto inputs = turned[b] + 4 * p % TURN;
       if (overflows<INPUTS>(inputs, sums[b], columns, bound[b])) put_block(b);
