@@ -1,3 +1,5 @@
+import functools
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -5,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 from hypothesis import settings
+from jax._src import compiler
 
 collect_ignore_glob = ["golden/*"]  # scripts that made the golden data need what tests do not
 
@@ -18,6 +21,9 @@ COMPILED = Path(tempfile.gettempdir()) / f"bitnet-jax-tests-{os.getuid()}" / _WO
 jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Tracing makes many small objects that stay: looking through them every 700 takes a tenth of a job.
+gc.set_threshold(50_000, 20, 20)
 
 # Tests of whole jobs, whose arithmetic others check: compiled quickly rather than well. They take
 # longest, so they begin first (pytest runs with --no-loadscope-reorder): no core waits at the end.
@@ -38,18 +44,42 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
+# Half of what compiling a small program takes is XLA's emitters of fusions through MLIR; the older
+# ones do without. An XLA that has none of them any more is left as it is.
+_OLD_EMITTERS = {"xla_cpu_use_fusion_emitters": False}
+
+
+@functools.cache
+def _has_old_emitters() -> bool:
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=_OLD_EMITTERS)(0)
+    except (jax.errors.JaxRuntimeError, ValueError):
+        return False
+    return True
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _few_optimisations(request):
-    quick = _is_job(getattr(request.module, "__name__", ""))
-    if not quick:
+def _compiled_quickly(request):
+    if not _is_job(getattr(request.module, "__name__", "")):
         yield
         return
     # JAX would go on running programs of the same shapes that were compiled the other way, and the
     # last digits differ: of a scale, say. Which ones there are depends on what this worker ran.
     jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for what the tests start
-    yield
-    os.environ.pop("JAX_DISABLE_MOST_OPTIMIZATIONS")
-    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for what the tests start
+        if _has_old_emitters():
+            patch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+            patch.setattr(compiler, "get_compile_options", _with_old_emitters)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
+
+
+def _with_old_emitters(*args, env_options_overrides=None, **more):
+    options = {**_OLD_EMITTERS, **(env_options_overrides or {})}
+    return _compile_options(*args, env_options_overrides=options, **more)
+
+
+_compile_options = compiler.get_compile_options
