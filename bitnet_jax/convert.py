@@ -105,11 +105,14 @@ def path_name(path: tuple) -> str:
 def check_finite(params: Tree) -> None:
     """Raise `BitnetError` naming the first leaf that holds NaN or infinity."""
     for path, x in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.issubdtype(x.dtype, jnp.floating) and not bool(jnp.isfinite(x).all()):
+        if jnp.issubdtype(x.dtype, jnp.floating) and not bool(_all_finite(x)):
             what = "NaN" if bool(jnp.isnan(x).any()) else "infinite values"
             raise BitnetError(
                 f"{path_name(path)}: holds {what}; repair or retrain this weight, then convert"
             )
+
+
+_all_finite = jax.jit(lambda x: jnp.isfinite(x).all())
 
 
 def kernel_arguments(

@@ -25,24 +25,27 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Tracing makes many small objects that stay: looking through them every 700 takes a tenth of a job.
 gc.set_threshold(50_000, 20, 20)
 
-# Tests of whole jobs, whose arithmetic others check: compiled quickly rather than well. They take
-# longest, so they begin first (pytest runs with --no-loadscope-reorder): no core waits at the end.
+# Tests of jobs, training and files, whose arithmetic others check: compiled quickly rather than
+# well. The longest begin first (pytest runs with --no-loadscope-reorder): no core waits at the end.
 _JOBS = (
     "test_phase3_jobs", "test_experiments", "test_compress", "test_phase4", "test_cli",
     "test_resume", "test_quality_bench", "test_bench", "test_decoder", "test_train", "test_subnorm",
     "test_gguf", "test_gguf_llamacpp", "test_onnx", "test_calibrate", "test_generate",
-    "test_phase3_model", "test_nnx", "test_phase3_torch",
+    "test_phase3_model", "test_nnx", "test_phase3_torch", "test_optim", "test_relation",
+    "test_sandbox", "test_optim_muon", "test_reconstruct", "test_recipe", "test_torch",
+    "test_optim_qk_clip", "test_plan", "test_text", "test_optim_presets",
+    "test_grokking", "test_checkpoint",
 )  # fmt: skip
-
-
-def _is_job(name: str) -> bool:
-    return name.rpartition(".")[2] in _JOBS
 
 
 def pytest_collection_modifyitems(items):
     order = {name: i for i, name in enumerate(_JOBS)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
+
+# These compare two forms of one network or formula to the last digits, and XLA's older emitters
+# give the two different ones.
+_LAST_DIGITS = ("test_phase3_model", "test_nnx", "test_relation", "test_torch")
 
 # Half of what compiling a small program takes is XLA's emitters of fusions through MLIR; the older
 # ones do without. An XLA that has none of them any more is left as it is.
@@ -60,7 +63,8 @@ def _has_old_emitters() -> bool:
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_quickly(request):
-    if not _is_job(getattr(request.module, "__name__", "")):
+    name = getattr(request.module, "__name__", "").rpartition(".")[2]
+    if name not in _JOBS:
         yield
         return
     # JAX would go on running programs of the same shapes that were compiled the other way, and the
@@ -68,8 +72,9 @@ def _compiled_quickly(request):
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # for what the tests start
-        if _has_old_emitters():
-            patch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+        if name not in _LAST_DIGITS and _has_old_emitters():
+            flags = os.environ.get("XLA_FLAGS", "")
+            patch.setenv("XLA_FLAGS", f"{flags} --xla_cpu_use_fusion_emitters=false")
             patch.setattr(compiler, "get_compile_options", _with_old_emitters)
         jax.config.update("jax_disable_most_optimizations", True)
         yield

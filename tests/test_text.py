@@ -1,10 +1,13 @@
 import json
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
 from bitnet_jax import BitnetError
 from bitnet_jax.train.agreement import agreement
+from bitnet_jax.train.evaluate import evaluate
 from bitnet_jax.train.text import byte_tokenizer, read_text
 
 from .test_decoder import TWN, build
@@ -85,3 +88,21 @@ def test_agreement_against_float64():
     kl = (np.exp(log(y)) * (log(y) - log(x))).sum(-1).mean()
     assert found["kl"] == pytest.approx(kl, rel=1e-4)
     assert agreement(a, p, a, p, data) == {"top1": 1.0, "kl": pytest.approx(0, abs=1e-6)}
+
+
+def test_a_model_is_traced_once_for_all_its_figures():
+    traced = []
+
+    class Counted(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            traced.append(tokens.shape)
+            return nn.Embed(48, 48)(tokens)
+
+    data = np.random.default_rng(2).integers(0, 48, (5, 9))
+    p, q = (Counted().init(jax.random.key(i), data[:, :-1]) for i in (0, 1))
+    traced.clear()
+    first, second = evaluate(Counted(), p, data, 2), evaluate(Counted(), q, data, 2)
+    apart = agreement(Counted(), p, Counted(), q, data, 2)
+    assert traced == [(2, 8)]
+    assert first["loss"] != second["loss"] and apart["kl"] > 0

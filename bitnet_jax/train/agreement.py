@@ -1,6 +1,5 @@
 """How far two language models say the same."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -8,15 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .loss import float32_logits
+from .evaluate import summed
+from .loss import compiled_logits
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _sums(a: nn.Module, params_a: Any, b: nn.Module, params_b: Any, batch: jax.Array, real):
-    """Summed agreement and divergence over the rows of the batch that are real."""
-    x, y = (
-        jax.nn.log_softmax(float32_logits(m, p, batch)) for m, p in ((a, params_a), (b, params_b))
-    )
+@jax.jit
+def compared(logits: jax.Array, reference: jax.Array, real: jax.Array):
+    """Summed agreement and divergence, in nats, over the rows of the batch that are real.
+
+    Args:
+      logits, reference: float32 (batch, length, vocab).
+      real: bool (batch,).
+
+    Returns:
+      The number of positions whose likeliest token is the same, and the sum of
+      KL(reference || model).
+    """
+    x, y = (jax.nn.log_softmax(z) for z in (logits, reference))
     same = x.argmax(-1) == y.argmax(-1)
     divergence = jnp.sum(jnp.exp(y) * (y - x), axis=-1)
     return jnp.sum(same * real[:, None]), jnp.sum(divergence * real[:, None])
@@ -42,12 +49,16 @@ def agreement(
       ``top1``: share of positions whose likeliest token is the same, in 0..1; ``kl``: mean of
       KL(reference || model), in nats.
     """
-    same = divergence = 0.0
-    for i in range(0, len(data), batch):
-        rows = data[i : i + batch]
-        real = np.arange(batch) < len(rows)
-        rows = np.pad(rows, ((0, batch - len(rows)), (0, 0)))
-        a, b = _sums(model, params, reference, reference_params, rows, real)
-        same, divergence = same + float(a), divergence + float(b)
+    found = lambda rows, real: compared(
+        compiled_logits(model, params, rows),
+        compiled_logits(reference, reference_params, rows),
+        real,
+    )
+    return shares(summed(found, data, batch), data)
+
+
+def shares(sums: Any, data: np.ndarray) -> dict[str, float]:
+    """`compared`, summed over all windows of the data, as means over their positions."""
+    same, divergence = sums
     tokens = len(data) * (data.shape[1] - 1)
-    return {"top1": same / tokens, "kl": divergence / tokens}
+    return {"top1": float(same) / tokens, "kl": float(divergence) / tokens}

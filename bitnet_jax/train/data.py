@@ -133,6 +133,19 @@ def epochs(
         skipped = 0
 
 
+def padded(data: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All windows in order as batches of one shape, and which of their rows are real.
+
+    The last batch is filled up with zeros, so that a compiled program serves it too.
+
+    >>> [(rows.tolist(), real.tolist()) for rows, real in padded(np.array([[1], [2], [3]]), 2)]
+    [([[1], [2]], [True, True]), ([[3], [0]], [True, False])]
+    """
+    for i in range(0, len(data), batch):
+        rows = data[i : i + batch]
+        yield np.pad(rows, ((0, batch - len(rows)), (0, 0))), np.arange(batch) < len(rows)
+
+
 def steps_per_epoch(data: np.ndarray, batch: int) -> int:
     """Number of whole batches in the data.
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,13 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .loss import float32_logits
+from .data import padded
+from .loss import compiled_logits
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sums(model: nn.Module, params: Any, batch: jax.Array, real: jax.Array):
+def summed(sums: Callable[[np.ndarray, np.ndarray], Any], data: np.ndarray, batch: int) -> Any:
+    """The tree ``sums(rows, real)`` of each batch of all windows, added up in float64."""
+    wide = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+    parts = (wide(sums(rows, real)) for rows, real in padded(data, batch))
+    return functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), parts)
+
+
+@jax.jit
+def _sums(logits: jax.Array, batch: jax.Array, real: jax.Array):
     """Summed loss and right guesses over the rows of the batch that are real."""
-    logits, targets = float32_logits(model, params, batch), batch[:, 1:]
+    targets = batch[:, 1:]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     right = logits.argmax(-1) == targets
     return jnp.sum(loss * real[:, None]), jnp.sum(right * real[:, None])
@@ -34,18 +43,13 @@ def evaluate(model: nn.Module, params: Any, data: np.ndarray, batch: int = 16) -
     Returns:
       ``loss`` in nats a token, ``perplexity`` = exp(loss), ``accuracy`` in 0..1, ``tokens``.
     """
-    loss = right = 0.0
-    for i in range(0, len(data), batch):
-        rows = data[i : i + batch]
-        real = np.arange(batch) < len(rows)
-        rows = np.pad(rows, ((0, batch - len(rows)), (0, 0)))
-        a, b = _sums(model, params, rows, real)
-        loss, right = loss + float(a), right + float(b)
+    found = lambda rows, real: _sums(compiled_logits(model, params, rows), rows, real)
+    loss, right = summed(found, data, batch)
     tokens = len(data) * (data.shape[1] - 1)
-    mean = loss / tokens
+    mean = float(loss) / tokens
     return {
         "loss": mean,
         "perplexity": math.exp(min(mean, 700.0)),
-        "accuracy": right / tokens,
+        "accuracy": float(right) / tokens,
         "tokens": tokens,
     }

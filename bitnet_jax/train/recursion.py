@@ -17,9 +17,10 @@ import numpy as np
 
 from ..errors import BitnetError
 from ..models.phase3 import Phase3Config, supervised
-from .agreement import agreement
+from .agreement import compared, shares
 from .distill import divergence
-from .loss import Loss
+from .evaluate import summed
+from .loss import Loss, compiled_logits
 
 
 def attached(config: Phase3Config) -> Phase3Config:
@@ -101,17 +102,21 @@ def deep_supervision(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(model: nn.Module, params: Any, ids: jax.Array, real: jax.Array):
-    """Summed step losses, right guesses and halting steps over the rows that are real."""
+    """Summed step losses, right guesses and halting steps over the rows that are real.
+
+    With the logits of the last step, in float32: a comparison needs no program of its own.
+    """
     out: Any = model.apply(params, ids, return_all_steps=True)
     every = jax.nn.log_softmax(out["all_logits"].astype(jnp.float32))
     index = jnp.broadcast_to(ids, every.shape[:1] + ids.shape)[..., None]
     losses = -jnp.take_along_axis(every, index, axis=-1)[..., 0]
     right = every[-1].argmax(-1) == ids
-    return (
+    sums = (
         (losses * real[:, None]).sum((1, 2)),
         (right * real[:, None]).sum(),
         (out["halting_steps"] * real).sum(),
     )
+    return sums, out["logits"].astype(jnp.float32)
 
 
 def evaluate(
@@ -130,15 +135,14 @@ def evaluate(
       entropy of the last step), ``accuracy`` of the last step in 0..1, ``halting_steps``,
       ``tokens``.
     """
-    total: Any = None
-    for i in range(0, len(data), batch):
-        rows = data[i : i + batch]
-        real = np.arange(batch) < len(rows)
-        rows = np.pad(rows, ((0, batch - len(rows)), (0, 0)))
-        sums = jax.device_get(_sums(model, params, rows[:, :-1], real))
-        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    found = lambda rows, real: _sums(model, params, rows[:, :-1], real)[0]
+    return _scores(config, summed(found, data, batch), data)
+
+
+def _scores(config: Phase3Config, sums: Any, data: np.ndarray) -> dict[str, float]:
+    """The figures of `evaluate` from its sums over all windows of the data."""
     tokens = len(data) * (data.shape[1] - 1)
-    steps, right, halting = total[0] / tokens, total[1], total[2]
+    steps, right, halting = sums[0] / tokens, sums[1], sums[2]
     weights = np.asarray(config.step_weights[: len(steps)])
     deep = config.deep_supervision and len(steps) > 1
     loss = (weights * steps[: len(weights)]).sum() / weights.sum() if deep else steps[-1]
@@ -161,5 +165,11 @@ def judge(
     batch: int = 16,
 ) -> dict[str, float]:
     """`evaluate`, with ``top1`` and ``kl``: how far the network says what the float one says."""
-    same = agreement(model, params, reference, reference_params, data, batch)
-    return {**evaluate(config, model, params, data, batch), **same}
+
+    def found(rows: np.ndarray, real: np.ndarray):
+        wanted = compiled_logits(reference, reference_params, rows)
+        own, logits = _sums(model, params, rows[:, :-1], real)
+        return own, compared(logits, wanted, real)
+
+    own, same = summed(found, data, batch)
+    return {**_scores(config, own, data), **shares(same, data)}
