@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..errors import BitnetError
@@ -123,9 +121,7 @@ def read_phase3(path: str | Path, architecture: Any = None, **overrides: Any) ->
     state, more = _completed(weights, state, config)
     if wrong := phase3_keys.check(state, config):
         raise BitnetError(f"{weights}: not this Phase 3 network: {wrong}")
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    like = jax.eval_shape(config.build(None).init, jax.random.key(0), tokens)
-    imported = from_torch(state, like=like)
+    imported = from_torch(state, like=phase3_keys.abstract(config))
     return Phase3(config, imported.tree, imported.report, assumed, notes + more, description)
 
 

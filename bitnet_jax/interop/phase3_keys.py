@@ -1,5 +1,6 @@
 """The reference's names for the tensors of a Phase 3 network, and our variables under them."""
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,13 @@ _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 _THIRDS = ("query", "key", "value")
 
 
+@functools.lru_cache(maxsize=1)  # asked for twice a file, and tracing the network takes a while
+def abstract(config: Phase3Config) -> Tree:
+    """The network's variables as shapes and dtypes, without their numbers."""
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(config.build(None).init, jax.random.key(0), tokens)
+
+
 def shapes(config: Phase3Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of a state dict of this network and its shape, but a tied ``lm_head.weight``.
 
@@ -24,9 +32,7 @@ def shapes(config: Phase3Config) -> dict[str, tuple[int, ...]]:
     >>> found["trm.refiner.feature_attn.in_proj_weight"], found["backbone.ltm.memory_state"]
     ((48, 16), (1, 1, 8))
     """
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    tree = jax.eval_shape(config.build(None).init, jax.random.key(0), tokens)
-    zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), tree)
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), abstract(config))
     return {name: x.shape for name, x in state_dict(zeros).items()}
 
 

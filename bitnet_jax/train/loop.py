@@ -124,6 +124,8 @@ def fit(
     step = train_step(model, optimizer, accumulate, prequantize, recipe, watch)
     loss, params = as_pytree(loss), recipes.begin(recipe, params)
     run, save = begin(params, optimizer, plan.total, log), Keeper(resume, save_every)
+    # Before the fingerprint is taken too: the program lowered for it is the one that runs.
+    run.params, run.opt_state = committed((run.params, run.opt_state))
     run = save.open(run, lambda: _mark(plan, step, run, loss, data, held_out), log)
     run.params, run.opt_state = committed((run.params, run.opt_state))
     record = _recorder(plan, run, ([] if log is None else [jsonl(log)]) + list(sinks))
