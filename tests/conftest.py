@@ -34,7 +34,7 @@ _JOBS = (
     "test_phase3_model", "test_nnx", "test_phase3_torch", "test_optim", "test_relation",
     "test_sandbox", "test_optim_muon", "test_reconstruct", "test_recipe", "test_torch",
     "test_optim_qk_clip", "test_plan", "test_text", "test_optim_presets",
-    "test_grokking", "test_checkpoint",
+    "test_grokking", "test_checkpoint", "test_readme",
 )  # fmt: skip
 
 

@@ -54,11 +54,12 @@ def test_equal_weights_still_have_one_zero_in_four():
 )  # fmt: skip
 def test_bytes_and_back(lead, size, out, seed):
     w = np.random.default_rng(seed).standard_normal((*lead, size, out)).astype(np.float32)
-    weight = quantize_weights(jnp.asarray(w), Scheme("sherry", "channel"))
-    leaf = pack_weight(weight)
+    # Compiled as a whole: one operation after the other, every shape takes seconds.
+    weight = jax.jit(quantize_weights, static_argnums=1)(w, Scheme("sherry", "channel"))
+    leaf = jax.jit(pack_weight)(weight)
     assert isinstance(leaf, PackedSparse) and leaf.shape == weight.shape
     assert leaf.codes.shape == (*lead, 5 * -(-size // 32), out)
-    again = unpack_weight(leaf)
+    again = jax.jit(unpack_weight)(leaf)
     np.testing.assert_array_equal(again.codes, weight.codes)
     assert type(again) is type(weight)
 
