@@ -40,8 +40,9 @@ from .quantize import Scheme
 from .recipe import DeadZone, LearnedScales, Part, Planned, Residual, WarmUp, finish
 from .subnorm import insert_sub_norms
 from .train.data import padded, steps_per_epoch
-from .train.loop import Fit, committed, fit
+from .train.loop import Fit, fit
 from .train.loss import compiled_logits
+from .train.state import committed
 from .train.watch import watch
 
 Tree = Any

@@ -61,6 +61,14 @@ def _has_old_emitters() -> bool:
     return True
 
 
+_compile_options = compiler.get_compile_options
+
+
+def _with_old_emitters(*args, env_options_overrides=None, **more):
+    options = {**_OLD_EMITTERS, **(env_options_overrides or {})}
+    return _compile_options(*args, env_options_overrides=options, **more)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_quickly(request):
     name = getattr(request.module, "__name__", "").rpartition(".")[2]
@@ -80,11 +88,3 @@ def _compiled_quickly(request):
         yield
         jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
-
-
-def _with_old_emitters(*args, env_options_overrides=None, **more):
-    options = {**_OLD_EMITTERS, **(env_options_overrides or {})}
-    return _compile_options(*args, env_options_overrides=options, **more)
-
-
-_compile_options = compiler.get_compile_options

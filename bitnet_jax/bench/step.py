@@ -12,8 +12,8 @@ import optax
 
 from ..models.decoder import DecoderConfig
 from ..quantize import Scheme
-from ..train.loop import committed
 from ..train.loss import next_token
+from ..train.state import committed
 from ..train.step import as_pytree, train_step
 from .peers import bit_linear
 

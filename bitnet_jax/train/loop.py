@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -124,10 +123,7 @@ def fit(
     step = train_step(model, optimizer, accumulate, prequantize, recipe, watch)
     loss, params = as_pytree(loss), recipes.begin(recipe, params)
     run, save = begin(params, optimizer, plan.total, log), Keeper(resume, save_every)
-    # Before the fingerprint is taken too: the program lowered for it is the one that runs.
-    run.params, run.opt_state = committed((run.params, run.opt_state))
     run = save.open(run, lambda: _mark(plan, step, run, loss, data, held_out), log)
-    run.params, run.opt_state = committed((run.params, run.opt_state))
     record = _recorder(plan, run, ([] if log is None else [jsonl(log)]) + list(sinks))
     began = time.perf_counter() - run.seconds
     with bar(console, stage, plan.total, run.step) as show:
@@ -145,18 +141,6 @@ def fit(
             if run.finished:
                 break
     return Fit(run.params, run.history, run.seconds, run.step, run.stopped)
-
-
-def committed(tree: Tree) -> Tree:
-    """The same arrays, bound to their devices as a compiled function's results are.
-
-    A function is compiled apart for arrays that are and that are not: the second step of a
-    training, whose arguments are the first one's results, would compile once more.
-
-    >>> committed({"w": np.ones(2)})["w"].committed
-    True
-    """
-    return jax.tree.map(lambda x: jax.device_put(x, jnp.asarray(x).sharding), tree)
 
 
 def _check(stage: str, accumulate: int, patience: int | None, held_out: Any) -> None:

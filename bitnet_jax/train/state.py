@@ -144,17 +144,34 @@ def _refill(tree: Tree, leaves: dict) -> Tree:
 
 def _like(x: jax.Array, old: jax.Array) -> jax.Array:
     if is_key(old):
-        return jax.random.wrap_key_data(x, impl=jax.random.key_impl(old))
+        x = jax.random.wrap_key_data(x, impl=jax.random.key_impl(old))
     return jax.device_put(x, old.sharding)
+
+
+def committed(tree: Tree) -> Tree:
+    """The same arrays, bound to their devices as a compiled function's results are.
+
+    A function is compiled apart for arrays that are and that are not: the second step of a
+    training, whose arguments are the first one's results, would compile once more. So would the
+    first, after it was lowered for the fingerprint.
+
+    >>> committed({"w": np.ones(2)})["w"].committed
+    True
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, jnp.asarray(x).sharding), tree)
 
 
 def begin(
     params: Tree, optimizer: optax.GradientTransformation, total: int, log: Path | None
 ) -> State:
-    """A training before its first step: copies of the parameters, the optimizer's first state."""
+    """A training before its first step: copies of the parameters, the optimizer's first state.
+
+    All of them are `committed`.
+    """
     params = strong(jax.tree.map(lambda x: jnp.array(x, copy=True), params))
     size = log.stat().st_size if log is not None and log.exists() else 0
-    return State(params, strong(optimizer.init(params)), log_start=size, total=total)
+    params, opt_state = committed((params, strong(optimizer.init(params))))
+    return State(params, opt_state, log_start=size, total=total)
 
 
 class Keeper:
