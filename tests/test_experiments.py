@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
+import jax
 import nbformat
 import pytest
 from nbclient import NotebookClient
-
-from .conftest import COMPILED
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -21,7 +20,7 @@ def test_there_are_notebooks():
 def test_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("BITNET_NOTEBOOK_SMALL", "1")  # of the production model: the same, smaller
     # The commands of a notebook, each a process, compile the same programs: they share this one's.
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     notebook = nbformat.read(path, as_version=4)

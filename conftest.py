@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from jax._src import compiler
 
-collect_ignore_glob = ["golden/*"]  # scripts that made the golden data need what tests do not
+collect_ignore_glob = ["tests/golden/*"]  # scripts that made the golden data need what tests do not
 
 settings.register_profile("bitnet", deadline=None, derandomize=True, database=None)
 settings.load_profile("bitnet")
@@ -25,8 +25,9 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Tracing makes many small objects that stay: looking through them every 700 takes a tenth of a job.
 gc.set_threshold(50_000, 20, 20)
 
-# Tests of jobs, training and files, whose arithmetic others check: compiled quickly rather than
-# well. The longest begin first (pytest runs with --no-loadscope-reorder): no core waits at the end.
+# Tests of jobs, training, layers and files, whose arithmetic others check: compiled quickly rather
+# than well, as the examples in docstrings are. The longest begin first (pytest runs with
+# --no-loadscope-reorder): no core waits at the end.
 _JOBS = (
     "test_phase3_jobs", "test_experiments", "test_compress", "test_phase4", "test_cli",
     "test_resume", "test_quality_bench", "test_bench", "test_decoder", "test_train", "test_subnorm",
@@ -34,7 +35,8 @@ _JOBS = (
     "test_phase3_model", "test_nnx", "test_phase3_torch", "test_optim", "test_relation",
     "test_sandbox", "test_optim_muon", "test_reconstruct", "test_recipe", "test_torch",
     "test_optim_qk_clip", "test_plan", "test_text", "test_optim_presets",
-    "test_grokking", "test_checkpoint", "test_readme",
+    "test_grokking", "test_checkpoint", "test_readme", "test_hf_live", "test_conv", "test_linen",
+    "test_sparse", "test_attention", "test_distill", "test_shrink", "test_leaf",
 )  # fmt: skip
 
 
@@ -71,8 +73,9 @@ def _with_old_emitters(*args, env_options_overrides=None, **more):
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_quickly(request):
-    name = getattr(request.module, "__name__", "").rpartition(".")[2]
-    if name not in _JOBS:
+    name = request.path.stem
+    is_example = not name.startswith("test_")
+    if name not in _JOBS and not is_example:
         yield
         return
     # JAX would go on running programs of the same shapes that were compiled the other way, and the
