@@ -5,8 +5,11 @@
     pip install xllamacpp                                        # to have llama.cpp among the peers
 
 Weights rotate over copies of at least 512 MB (packed: 0.5 G parameters, 128 MB), so none is in the
-cache ("cold"). The floor is the time in which `products.c` reads the packed bytes once, on one
-core. Matrices of 384 inputs or outputs, which a small model trains with, stay in the cache.
+cache ("cold"). One row's product takes little more time than Python needs to ask for it, so a call
+makes `AT_ONCE` of them: packed codes lie in one array, layer by layer, and a scan goes through it.
+The line "one a call" has what asking costs as well. The floor is the time in which
+`products.c` reads the packed bytes once, on one core. Matrices of 384 inputs or outputs, which a
+small model trains with, stay in the cache.
 JSON, tables and a plot go to `--out`. Every figure is the median over the rounds, with the 10th and
 90th percentiles beside it.
 """
@@ -35,6 +38,7 @@ from rich.table import Table
 SHAPES = ((1, 4096, 4096), (1, 2560, 6912), (1, 6912, 2560), (8, 4096, 4096),
           (128, 2560, 6912), (128, 4096, 4096), (512, 2560, 6912),
           (1024, 384, 384), (1024, 384, 1024), (1024, 1024, 384))  # fmt: skip
+AT_ONCE = 16  # products of one row in a call
 PLOTTED = ("XLA bfloat16 padded", "torch bfloat16", "llama.cpp Q4_0", "llama.cpp TQ1_0",
            "llama.cpp TQ2_0", "decode", "native")  # fmt: skip
 
@@ -84,16 +88,29 @@ def pointer(a: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(a.ctypes.data)
 
 
-def jitted(product: Callable, x, copies: list) -> Timed:
-    """One row takes a millisecond or less: a call multiplies several, to time no dispatch."""
+def jitted(product: Callable, x, copies: list, at_once: int = AT_ONCE) -> Timed:
+    """A call multiplies by several copies, each of them an argument."""
     import jax
 
-    several = 4 if x.shape[0] == 1 else 1
+    several = min(at_once, len(copies)) if x.shape[0] == 1 else 1
     call = jax.jit(lambda xs, ws: [product(x, w) for x, w in zip(xs, ws)])
     xs = [x + (0 * i) for i in range(several)]
     sets = [copies[i : i + several] for i in range(0, len(copies) - several + 1, several)]
     jax.block_until_ready(call(xs, sets[0]))
     return Timed(lambda i: jax.block_until_ready(call(xs, sets[i])), len(sets), several)
+
+
+def scanned(product: Callable, x, stacks: list) -> Timed:
+    """A call multiplies by every layer of one stack."""
+    import jax
+    import jax.numpy as jnp
+
+    layers = len(stacks[0])
+    each = lambda stack: lambda _, at: (None, product(at[0], stack, at[1]))
+    call = jax.jit(lambda xs, stack: jax.lax.scan(each(stack), None, (xs, jnp.arange(layers)))[1])
+    xs = jnp.stack([x] * layers)
+    jax.block_until_ready(call(xs, stacks[0]))
+    return Timed(lambda i: jax.block_until_ready(call(xs, stacks[i])), len(stacks), layers)
 
 
 def xla_peers(rows: int, k: int, n: int) -> dict[str, Timed]:
@@ -152,19 +169,25 @@ def packed_products(rows: int, k: int, n: int) -> dict[str, Timed]:
     random = np.random.default_rng(2)
     codes = random.integers(0, 3, (k // 4, 4, n)).astype(np.uint8)
     one = (codes << np.array([[0], [2], [4], [6]], np.uint8)).sum(1, dtype=np.uint8)
-    count = (512 << 20) // (k * n) // 4 * 4 if rows == 1 else 2
-    copies = [jnp.array(one, copy=True) for _ in range(count)]
+    layers = AT_ONCE if rows == 1 else 1
+    count = -(-(512 << 20) // (k * n * layers)) if rows == 1 else 2
+    stacks = [jnp.array(np.stack([one] * layers)) for _ in range(count)]
     values = random.standard_normal((rows, k))  # quantised by each row's largest, as in a network
     x = jnp.asarray((values * 127 / abs(values).max(1, keepdims=True)).round().astype(np.int8))
-    add = lambda op, **how: jitted(lambda x, w: op(x, w, k, **how), x, copies)
+    add = lambda op, **how: scanned(lambda x, w, i: op(x, w, k, i, **how), x, stacks)
     made = {"unpack": add(ops.xla.packed_product)}
     if rows == 1:
-        made |= {"decode": add(ops.decode.packed_product), "bit planes": add(bit_planes)}
+        copies = [layer for stack in stacks for layer in stack]
+        made["decode"] = add(ops.decode.packed_product)
+        made["bit planes"] = jitted(lambda x, w: bit_planes(x, w, k), x, copies)
     for isa in ops.native.variants():
         made[f"native {isa}"] = add(ops.native.packed_product, isa=isa)
+    if rows == 1 and ops.native.variants():
+        best = lambda x, w: ops.native.packed_product(x, w, k)
+        made["native, one a call"] = jitted(best, x, copies, at_once=1)
     alone = len(os.sched_getaffinity(0)) == 1
     if rows == 1 and alone and (library := helpers()):
-        views = [np.asarray(w) for w in copies]
+        views = [layer for stack in stacks for layer in np.asarray(stack)]
         read = library.read_all
         size = ctypes.c_size_t(one.nbytes)
         made["floor"] = Timed(lambda i: read(pointer(views[i]), size), len(views))
@@ -217,11 +240,11 @@ def llama_cpp(rows: int, k: int, n: int) -> dict[str, Timed]:
         return {}
     some = np.random.default_rng(3).standard_normal((n, k)).astype(np.float32)
     at = ctypes.c_void_p
-    several = 4 if rows == 1 else 1
+    several = AT_ONCE if rows == 1 else 1
     threads = len(os.sched_getaffinity(0))
 
     def timed(kind: int, bits: float) -> Timed:
-        count = max(1, int((128 << 20) / (bits / 8 * k * n))) if rows == 1 else 1
+        count = max(1, round((128 << 20) / (bits / 8 * k * n * several))) if rows == 1 else 1
         size = int(several * count * k * n * bits / 8) + (1 << 28)
         ctx = at(lib.ggml_init(_Pool(size, None, False)))
         two = lambda kind, *shape: at(
@@ -254,11 +277,11 @@ def llama_cpp(rows: int, k: int, n: int) -> dict[str, Timed]:
 
 
 def measure(made: dict[str, Timed], rounds: int, clock: Callable[[], float]) -> dict[str, dict]:
-    """Round robin: each round multiplies once by (up to) sixteen of each peer's copies."""
+    """Round robin: each round multiplies once by (up to) `AT_ONCE` of each peer's copies."""
     taken: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(rounds):
         for name, timed in made.items():
-            calls = min(timed.sets, 16 // timed.products)
+            calls = min(timed.sets, AT_ONCE // timed.products)
             sets = [(turn * calls + i) % timed.sets for i in range(calls)]
             timed.call(sets[-1])  # what the one before left to do (its memory to free) is not ours
             time.sleep(0.005)

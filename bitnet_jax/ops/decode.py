@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .xla import take_layer
-
 # Packed rows whose sums stay in one lane: 16 codes times four, |4 (code + 1) x| <= 8 * 128 each.
 _STREAMS = 8
 _EXACT = 4096  # inputs whose sums of 16 * 255 each stay below 2 ** 24
 _CHUNK = 16  # partial sums added in one turn of the loop
 
 
-def _lanes(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """x int16 (s, p, 4), codes uint8 (s, p, n), s <= 8 -> int16 (p, n), sums over s and the byte.
+def _lanes(x: jax.Array, codes: list[jax.Array]) -> jax.Array:
+    """x int16 (s, p, 4), codes s times uint8 (p, n), s <= 8 -> int16 (p, n), sums over
+    s and the byte.
 
     Inputs 1 and 3 of a byte are masked where they lie, four times too large: that saves a shift
     each, and they are divided once, in the end.
@@ -46,17 +45,21 @@ def _total(parts: jax.Array) -> jax.Array:
     return lax.fori_loop(0, turns, turn, total) if turns else total
 
 
-def _row(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """x int8 (k,), codes uint8 (p, n) -> int32 (n,)."""
-    p, n = codes.shape
+def _row(x: jax.Array, codes: jax.Array, layer: jax.Array) -> jax.Array:
+    """x int8 (k,), codes uint8 (layers, p, n), layer int32 () -> int32 (n,)."""
+    layers, p, n = codes.shape
     total = -x.astype(jnp.int32).sum()  # because codes are stored one too large
     x = jnp.pad(x.astype(jnp.int16), (0, 4 * p - x.size)).reshape(p, 4)
-    # Eight streams far apart, each read from its first byte to its last, use memory best.
-    main = p - p % _STREAMS
-    for rows, streams in ((slice(main), _STREAMS), (slice(main, p), p % _STREAMS)):
-        if len(range(p)[rows]):
-            cut = [a[rows].reshape(streams, -1, a.shape[-1]) for a in (x, codes)]
-            total += _total(lax.optimization_barrier(_lanes(*cut)))
+    # Eight streams far apart, each read from its first byte to its last, use memory best. Each is
+    # a slice of its own, which XLA reads in place: one of the whole layer would be copied first.
+    codes, start = codes.reshape(layers * p, n), jnp.clip(layer, 0, layers - 1) * p
+    each, left = divmod(p, _STREAMS)
+    for first, streams, length in ((0, _STREAMS, each), (p - left, left, 1)):
+        if streams * length:
+            rows = range(first, first + streams * length, length)
+            cut = [lax.dynamic_slice_in_dim(codes, start + row, length) for row in rows]
+            scalars = x[first : first + streams * length].reshape(streams, length, 4)
+            total += _total(lax.optimization_barrier(_lanes(scalars, cut)))
     return jnp.broadcast_to(total, (n,))
 
 
@@ -79,10 +82,12 @@ def packed_product(
     >>> packed_product(jnp.full((1, 3), 2, jnp.int8), jnp.array([[170]], jnp.uint8), 3).tolist()
     [[6]]
     """
-    codes = take_layer(codes, index)
     if x.shape[-1] != in_features:
         raise ValueError(f"x {x.shape} does not have {in_features} features")
-    return jnp.vectorize(_row, signature="(k),(p,n)->(n)")(x, codes[..., None, :, :])
+    if index is None:
+        codes, index = jnp.expand_dims(codes, -3), jnp.zeros((), jnp.int32)
+    row = jnp.vectorize(_row, signature="(k),(l,p,n),()->(n)")
+    return row(x, jnp.expand_dims(codes, -4), jnp.expand_dims(index, -1))
 
 
 def int8_table(x: jax.Array, codes: jax.Array, table: bool = True) -> jax.Array:
