@@ -19,7 +19,7 @@ _ROWS = (1, 2, 8, 128)
 _SIZE = 2048
 _REASONS = {
     "native": "C++ reads the packed codes as they lie",
-    "decode": "no C++ op here; plain JAX on packed codes, good for one or two rows",
+    "decode": "no C++ op here; plain JAX on packed codes, good for a few rows",
     "mosaic": "int8 tensor cores read the packed codes as they lie",
     "xla": "unpacks to int8, then XLA's own product",
     "xla-float8": "unpacks to float8, then XLA's product with bfloat16: no int8 units here",

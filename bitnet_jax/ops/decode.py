@@ -1,4 +1,4 @@
-"""One or two rows from packed codes in plain JAX: the ops of decoding where there is no compiler.
+"""A few rows from packed codes in plain JAX: the ops of decoding where there is no compiler.
 
 Nothing is unpacked to memory. The codes are multiplied in lanes of int16, which is what every
 vector unit has and XLA fuses into one pass over the bytes. Two bit planes with AND and
@@ -16,9 +16,17 @@ _EXACT = 4096  # inputs whose sums of 16 * 255 each stay below 2 ** 24
 _CHUNK = 16  # partial sums added in one turn of the loop
 
 
+def _computed_once(x: jax.Array) -> jax.Array:
+    """x itself. What x is made of, XLA's fusions on CPUs would compute anew for every output.
+
+    They look through `lax.optimization_barrier`; a scatter they do not take in.
+    """
+    everywhere = jnp.arange(len(x))
+    return jnp.zeros_like(x).at[everywhere].set(x, unique_indices=True, indices_are_sorted=True)
+
+
 def _lanes(x: jax.Array, codes: list[jax.Array]) -> jax.Array:
-    """x int16 (s, p, 4), codes s times uint8 (p, n), s <= 8 -> int16 (p, n), sums over
-    s and the byte.
+    """x int16 (s, p, 4), s <= 8 codes, uint8 (p, n) -> int16 (p, n), sums over s and the byte.
 
     Inputs 1 and 3 of a byte are masked where they lie, four times too large: that saves a shift
     each, and they are divided once, in the end.
@@ -66,7 +74,7 @@ def _row(x: jax.Array, codes: jax.Array, layer: jax.Array) -> jax.Array:
 def packed_product(
     x: jax.Array, codes: jax.Array, in_features: int, index: jax.Array | None = None
 ) -> jax.Array:
-    """int8 activations times packed ternary codes, for one or two rows; see `xla.packed_product`.
+    """int8 activations times packed ternary codes, for a few rows; see `xla.packed_product`.
 
     out[b, m, n] = sum over k of x[b, m, k] * code[b, k, n]
 
@@ -111,13 +119,13 @@ def int8_table(x: jax.Array, codes: jax.Array, table: bool = True) -> jax.Array:
     """
     if not table or x.shape[-1] != codes.shape[-1]:
         raise ValueError(f"x {x.shape} and codes {codes.shape} do not fit (table={table})")
-    high = x >> 4
+    parts = _computed_once(jnp.stack([x >> 4, x & 15]).astype(jnp.float32))
     part = lambda x, codes: jnp.dot(
-        x.astype(jnp.float32), codes.astype(jnp.float32).T, precision=lax.Precision.HIGHEST
+        x, codes.astype(jnp.float32).T, precision=lax.Precision.HIGHEST
     ).astype(jnp.int32)
     total = -128 * x.astype(jnp.int32).sum(-1, keepdims=True)  # because codes are stored too large
     for i in range(0, x.shape[-1], _EXACT):
         some = slice(i, i + _EXACT)
-        for x_part, factor in ((high, 16), (x & 15, 1)):
+        for x_part, factor in zip(parts, (16, 1)):
             total += factor * part(x_part[:, some], codes[:, some])
     return jnp.broadcast_to(total, (x.shape[0], codes.shape[0]))
