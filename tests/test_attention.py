@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from bitnet_jax.models.attention import _by_xla, attend
+from bitnet_jax.models.attention import _by_xla, attend, attend_cache
 from bitnet_jax.ops import attention as native
 
 from .battery import run_python
@@ -94,6 +94,58 @@ def test_the_op_on_any_shape(isa, data):
     found = y, *native.backward(q, k, v, seen, y, log_sum, g, isa=isa)
     for a, b in zip(found, formula(q, k, v, seen, g)):
         assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()))
+
+
+def as_a_cache(key, value):
+    return key.transpose(0, 2, 3, 1).copy(), value.transpose(0, 2, 1, 3).copy()
+
+
+@each_isa
+@settings(max_examples=25)
+@given(st.data())
+def test_the_op_on_any_cache(isa, data):
+    """Longer than the 1,024 keys that are read at a time, too."""
+    draw = lambda least, most: data.draw(st.integers(least, most))
+    groups, share = draw(1, 2), draw(1, 3)
+    length, size = draw(1, 15), draw(1, 70)
+    keys = data.draw(st.sampled_from([1, 7, 60, 1023, 1025, 2100]))
+    q, k, v = inputs(groups * share, groups, length, keys, size)
+    axes = [n if data.draw(st.booleans()) else 1 for n in (2, groups * share, length, keys)]
+    seen = np.random.default_rng(1).random(axes) < data.draw(st.sampled_from([0.1, 0.9]))
+    if data.draw(st.booleans()):
+        seen = seen & causal(length, keys)
+    y = native.cached(q, *as_a_cache(k, v), seen, isa=isa)
+    wanted = formula(q, k, v, seen)
+    assert_allclose(y, wanted, atol=1e-5 * max(1, np.abs(wanted).max()))
+
+
+@needs_native
+def test_what_no_query_sees_of_a_cache_is_not_read():
+    q, k, v = inputs(length=3, keys=300)
+    key, value = as_a_cache(k, v)
+    seen = np.arange(300)[None, None, None] < 100
+    key[..., 100:] = value[:, :, 100:] = np.nan
+    assert_allclose(attend_cache(q, key, value, seen), formula(q, k, v, seen), atol=1e-5)
+
+
+@LENGTHS
+def test_from_a_cache_it_is_the_same_attention(length):
+    """Where the op serves, and where it does not; with gradients, of second order too, and vmap."""
+    q, k, v = inputs(length=length)
+    seen = jnp.asarray(causal(length, 7) | (np.arange(7) == 0))
+    key, value = as_a_cache(k, v)
+    mine = lambda q, k, v: (attend_cache(q, k, v, seen) ** 2).sum()
+    theirs = lambda q, k, v: (
+        _by_xla(q, k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3), seen) ** 2
+    ).sum()
+    assert_allclose(attend_cache(q, key, value, seen), formula(q, k, v, seen), atol=1e-6)
+    found = [jax.jit(jax.grad(f, (0, 1, 2)))(q, key, value) for f in (mine, theirs)]
+    for a, b in zip(*found):
+        assert_allclose(a, b, atol=1e-5)
+    second = lambda f: jax.grad(lambda q: jax.grad(f)(q, key, value).sum())(q)
+    assert_allclose(second(mine), second(theirs), atol=1e-3)
+    one = lambda q, k, v: attend_cache(q[None], k[None], v[None], seen)[0]
+    assert_allclose(jax.vmap(one)(q, key, value), attend_cache(q, key, value, seen), atol=1e-6)
 
 
 @each_isa

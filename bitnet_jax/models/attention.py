@@ -40,6 +40,48 @@ def attend(
     return _by_xla(query, key, value, seen)
 
 
+def attend_cache(query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array) -> jax.Array:
+    """`attend` from a cache, whose keys and values lie as one query's products read them best.
+
+    Args:
+      query: (batch, length, heads, e).
+      key: (batch, kv_heads, e, keys).
+      value: (batch, kv_heads, keys, e).
+      seen: bool, broadcast against (batch, heads, length, keys).
+
+    Returns:
+      (batch, length, heads, e), in the values' dtype.
+
+    >>> x = jnp.ones((1, 1, 2, 4))
+    >>> attend_cache(x, jnp.ones((1, 1, 4, 3)), jnp.ones((1, 1, 3, 4)), jnp.array(True)).shape
+    (1, 1, 2, 4)
+    """
+    if native.serves_cache(query, key, value):
+        return _from_cache(query, key, value, _of_pairs(seen, query, key.transpose(0, 3, 1, 2)))
+    return attend(query, *_in_order(key, value), seen)
+
+
+def _in_order(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A cache's keys and values as (batch, keys, kv_heads, e)."""
+    return key.transpose(0, 3, 1, 2), value.transpose(0, 2, 1, 3)
+
+
+def _from_cache_by_xla(query, key, value, seen) -> jax.Array:
+    return _by_xla(query, *_in_order(key, value), seen)
+
+
+@jax.custom_jvp
+def _from_cache(*operands) -> jax.Array:
+    return _on_cpus(native.cached, _from_cache_by_xla, *operands)
+
+
+@_from_cache.defjvp
+def _from_cache_jvp(operands, tangents):
+    seen = operands[3]
+    f = lambda q, k, v: _from_cache_by_xla(q, k, v, seen)
+    return jax.jvp(f, operands[:3], tangents[:3])
+
+
 def _by_xla(
     query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array | None
 ) -> jax.Array:

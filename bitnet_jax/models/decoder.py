@@ -12,7 +12,7 @@ from ..calibrate import Stage
 from ..convert import path_name
 from ..linen import BitDense, BitEmbed
 from ..quantize import Scheme
-from .attention import attend
+from .attention import attend, attend_cache
 
 Cache = tuple[dict[str, jax.Array], ...]
 
@@ -239,11 +239,15 @@ class Attention(nn.Module):
         query, key = (rotary(y, positions, c.rope_base, c.rope_scaling) for y in (query, key))
         if cache is not None:
             cache = write(cache, key, value, start)
-            key, value = cache["key"].transpose(0, 3, 1, 2), cache["value"].transpose(0, 2, 1, 3)
+            key = cache["key"].transpose(0, 3, 1, 2)
         seen = jnp.arange(key.shape[1]) <= positions[..., None]
         if self.is_mutable_collection("intermediates"):  # an extra product, only for who asks
             self.sow("intermediates", "max_logits", largest_logits(query, key, seen))
-        y = attend(query, key, value, jnp.expand_dims(seen, -3))
+        pairs = jnp.expand_dims(seen, -3)
+        if cache is None:
+            y = attend(query, key, value, pairs)
+        else:
+            y = attend_cache(query, cache["key"], cache["value"], pairs)
         y = y.reshape(batch, length, c.heads * c.head_dim)
         show(self, mixed=y)
         if c.sub_norms:

@@ -5,7 +5,8 @@
 //
 // XLA multiplies a batch of small matrices on one thread; here heads are tasks. Weights are never
 // kept: a block of queries has its own, forward, and again backward. Keys after the last one that a
-// block sees, half of them in a causal mask, are left out.
+// block sees, half of them in a causal mask, are left out. The few queries of a decoding step read a
+// cache as it lies, as far as it is filled.
 //
 // Compiled at first use by attention.py, with the headers of the jaxlib that will load it.
 
@@ -107,6 +108,7 @@ struct Variant {
   bool (*runs_here)();
   void (*forward)(const Shapes&, const Arrays&, int64_t, int64_t, int64_t, int64_t);
   void (*backward)(const Shapes&, const Arrays&, int64_t, int64_t);
+  void (*cached)(const Shapes&, const Arrays&, int64_t, int64_t);
 };
 
 static const Variant kVariants[] = {  // the best first
@@ -116,11 +118,11 @@ static const Variant kVariants[] = {  // the best first
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      },
-     avx512::forward, avx512::backward},
+     avx512::forward, avx512::backward, avx512::cached},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     avx2::forward, avx2::backward},
+     avx2::forward, avx2::backward, avx2::cached},
 #endif
-    {"portable", [] { return true; }, portable::forward, portable::backward},
+    {"portable", [] { return true; }, portable::forward, portable::backward, portable::cached},
 };
 
 static const Variant* find(std::string_view name) { return find_in(kVariants, name); }
@@ -146,6 +148,10 @@ extern "C" int bitnet_check(const char* name) {
   variant->forward(shapes, arrays, 0, 0, 0, length);
   variant->backward(shapes, arrays, 0, 0);
   float total = 0;
+  std::vector<float> few(3 * size);
+  const Shapes three{1, 3, 1, size, keys, 1, {1, 1, 3, keys}};
+  variant->cached(three, {q.data(), k.data(), v.data(), seen.data(), few.data()}, 0, 0);
+  y.insert(y.end(), few.begin(), few.end());
   for (float value : y)
     if (!(std::abs(value - 1) < 1e-5f)) return 0;
   for (float value : dv) total += value;
@@ -188,6 +194,27 @@ static ffi::Error Attention(ffi::ThreadPool pool, Floats q, Floats k, Floats v, 
   return ffi::Error::Success();
 }
 
+static ffi::Error CachedAttention(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Mask seen,
+                                  ffi::Result<Floats> y, std::string_view isa) {
+  const Variant* variant = find(isa);
+  if (!variant) return ffi::Error::InvalidArgument("this CPU does not run that variant");
+  const auto qd = q.dimensions(), kd = k.dimensions(), vd = v.dimensions(), wd = seen.dimensions();
+  bool fits = qd.size() == 4 && kd.size() == 4 && vd.size() == 4 && wd.size() == 4;
+  fits = fits && kd[0] == qd[0] && vd[0] == qd[0] && kd[1] == vd[1] && kd[2] == qd[3] &&
+         vd[3] == qd[3] && kd[3] == vd[2] && kd[1] && qd[2] % kd[1] == 0;
+  if (!fits) return ffi::Error::InvalidArgument("the shapes do not fit");
+  const Shapes s{qd[0], qd[1], qd[2], qd[3], vd[2], kd[1], {wd[0], wd[1], wd[2], wd[3]}};
+  const int64_t all[] = {s.batch, s.heads, s.length, s.keys};
+  for (int i = 0; i < 4; i++)
+    if (wd[i] != 1 && wd[i] != all[i])
+      return ffi::Error::InvalidArgument("the shape of seen does not fit");
+  const Arrays a{q.typed_data(), k.typed_data(), v.typed_data(), (const uint8_t*)seen.typed_data(),
+                 y->typed_data()};
+  run(pool, s.batch * s.groups,
+      [&](int64_t task) { variant->cached(s, a, task / s.groups, task % s.groups); });
+  return ffi::Error::Success();
+}
+
 static ffi::Error AttentionGradients(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Mask seen,
                                      Floats y, Floats log_sum, Floats g, ffi::Result<Floats> dq,
                                      ffi::Result<Floats> dk, ffi::Result<Floats> dv,
@@ -212,6 +239,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_attention, Attention,
                                   .Arg<Floats>()
                                   .Arg<Mask>()
                                   .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<std::string_view>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_attention_cached, CachedAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Mask>()
                                   .Ret<Floats>()
                                   .Attr<std::string_view>("isa"));
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from . import build
 
-_TARGETS = ("bitnet_attention", "bitnet_attention_gradients")
+_TARGETS = ("bitnet_attention", "bitnet_attention_cached", "bitnet_attention_gradients")
 _library = build.opener("attention.cpp", "attention_kernels.h", targets=_TARGETS)
 # Fewer queries, or many more keys, are hardly more than a reading of the keys, which XLA does as
-# well; a cache of them it reads as it lies.
+# well.
 _QUERIES, _KEYS_A_QUERY = 16, 64
 
 
@@ -73,6 +73,45 @@ def forward(
 
     out = jax.eval_shape(like, query, key, value, seen)
     return _call("bitnet_attention", out, isa)(query, key, value, seen)
+
+
+def serves_cache(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
+    """Whether `cached` is there and worth its call, for few queries, in a process on CPUs."""
+    arrays = (query, key, value)
+    if query.shape[1] >= _QUERIES or any(x.dtype != jnp.float32 for x in arrays):
+        return False
+    if any(build.explicitly_sharded(x) for x in arrays):
+        return False
+    return jax.default_backend() == "cpu" and bool(variants())
+
+
+def cached(
+    query: jax.Array, key: jax.Array, value: jax.Array, seen: jax.Array, *, isa: str | None = None
+) -> jax.Array:
+    """softmax(q k^T / sqrt(size)) v for few queries, from keys and values as a cache has them.
+
+    Read are those up to the last one that is seen; XLA reads the whole cache.
+
+    Args:
+      query: float32 (batch, length, heads, size).
+      key: float32 (batch, groups, size, keys), each group for heads / groups heads in a row.
+      value: float32 (batch, groups, keys, size).
+      seen: bool (batch, heads, length, keys), each axis as long or 1: which pairs count.
+      isa: a name out of `variants`, to force it.
+
+    Returns:
+      float32 (batch, length, heads, size), 0 for a query that sees no key.
+
+    Raises:
+      RuntimeError: if there is no such op here, with `status` as the reason.
+
+    >>> q, k, v = jnp.ones((1, 1, 1, 4)), jnp.ones((1, 1, 4, 3)), jnp.ones((1, 1, 3, 4))
+    >>> (cached(q, k, v, jnp.ones((1, 1, 1, 1), bool)) if variants() else q).sum().item()
+    4.0
+    """
+    like = lambda q, *others: q + sum(x.sum() for x in others)
+    out = jax.eval_shape(like, query, key, value, seen)
+    return _call("bitnet_attention_cached", out, isa)(query, key, value, seen)
 
 
 def backward(

@@ -170,6 +170,58 @@ static void forward(const Shapes& all, const Arrays& a, int64_t batch, int64_t h
   }
 }
 
+// to[0 .. n) += a[0] x[0 .. n) + a[1] x[step ..] + ..., for so many of x.
+INLINE void add_scaled(const float* a, const float* x, int64_t step, int64_t count, int64_t n,
+                       float* __restrict to) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4, x += 4 * step) {
+    const float *b = x + step, *c = b + step, *d = c + step;
+    for (int64_t j = 0; j < n; j++)
+      to[j] += a[i] * x[j] + a[i + 1] * b[j] + a[i + 2] * c[j] + a[i + 3] * d[j];
+  }
+  for (; i < count; i++, x += step)
+    for (int64_t j = 0; j < n; j++) to[j] += a[i] * x[j];
+}
+
+// The few queries of all heads of a group, from a cache: keys (size, keys), values (keys, size). Of
+// them only what is seen is read, BLOCK keys at a time, for all heads while the L2 cache has it.
+static void cached(const Shapes& all, const Arrays& a, int64_t batch, int64_t group) {
+  constexpr int64_t BLOCK = 1024;
+  const Sizes s{all.keys, all.size};
+  const int64_t heads = all.heads / all.groups, rows = heads * all.length;
+  const float* keys = a.k + (batch * all.groups + group) * s.keys * s.size;
+  const float* values = a.v + (batch * all.groups + group) * s.keys * s.size;
+  float* weights = room(0, rows * s.across);
+  float *sums = room(1, rows), *largest = room(2, rows);
+  std::fill_n(weights, rows * s.across, 0.0f);
+  int64_t end = 0;
+  for (int64_t h = 0; h < heads; h++)
+    end = std::max(end, all.seen(a.seen, batch, group * heads + h).end(0, all.length, s.keys));
+  auto each = [&](auto&& what) {
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t i = 0; i < all.length; i++)
+        what(all.queries(a.q, batch, group * heads + h).from(i).at,
+             all.queries(a.y, batch, group * heads + h).from(i).at, h * all.length + i);
+  };
+  for (int64_t from = 0; from < end; from += BLOCK)
+    each([&](const float* q, float*, int64_t row) {
+      add_scaled(q, keys + from, s.keys, s.size, std::min(BLOCK, end - from),
+                 weights + row * s.across + from);
+    });
+  for (int64_t h = 0; h < heads; h++)
+    weigh(s, all.seen(a.seen, batch, group * heads + h), 0, all.length, end, nullptr,
+          weights + h * all.length * s.across, sums + h * all.length, largest + h * all.length);
+  each([&](const float*, float* y, int64_t) { std::fill_n(y, s.size, 0.0f); });
+  for (int64_t from = 0; from < end; from += BLOCK)
+    each([&](const float*, float* y, int64_t row) {
+      add_scaled(weights + row * s.across + from, values + from * s.size, s.size,
+                 std::min(BLOCK, end - from), s.size, y);
+    });
+  each([&](const float*, float* y, int64_t row) {
+    for (int64_t j = 0; j < s.size; j++) y[j] *= sums[row] != 0 ? 1 / sums[row] : 0;
+  });
+}
+
 // Gradients of a group's keys and values, and of the queries of all its heads.
 static void backward(const Shapes& all, const Arrays& a, int64_t batch, int64_t group) {
   const Sizes s{all.keys, all.size};
