@@ -161,15 +161,22 @@ extern "C" int bitnet_check(const char* name) {
 using Floats = ffi::Buffer<ffi::F32>;
 using Mask = ffi::Buffer<ffi::PRED>;
 
+// Whether each axis of what is seen is as long as its own, or 1.
+static bool mask_fits(const Shapes& s) {
+  const int64_t all[] = {s.batch, s.heads, s.length, s.keys};
+  for (int i = 0; i < 4; i++)
+    if (s.mask[i] != 1 && s.mask[i] != all[i]) return false;
+  return true;
+}
+
 static bool shapes_of(const Floats& q, const Floats& k, const Floats& v, const Mask& seen,
                       Shapes* s) {
   const auto qd = q.dimensions(), kd = k.dimensions(), vd = v.dimensions(), wd = seen.dimensions();
   if (qd.size() != 4 || kd.size() != 4 || vd.size() != 4 || wd.size() != 4) return false;
   *s = {qd[0], qd[1], qd[2], qd[3], kd[1], kd[2], {wd[0], wd[1], wd[2], wd[3]}};
-  const int64_t all[] = {s->batch, s->heads, s->length, s->keys};
   for (int i = 0; i < 4; i++)
-    if (kd[i] != vd[i] || (wd[i] != 1 && wd[i] != all[i])) return false;
-  return kd[0] == qd[0] && kd[3] == qd[3] && s->groups && s->heads % s->groups == 0;
+    if (kd[i] != vd[i]) return false;
+  return mask_fits(*s) && kd[0] == qd[0] && kd[3] == qd[3] && s->groups && s->heads % s->groups == 0;
 }
 
 static ffi::Error Attention(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Mask seen,
@@ -204,10 +211,7 @@ static ffi::Error CachedAttention(ffi::ThreadPool pool, Floats q, Floats k, Floa
          vd[3] == qd[3] && kd[3] == vd[2] && kd[1] && qd[2] % kd[1] == 0;
   if (!fits) return ffi::Error::InvalidArgument("the shapes do not fit");
   const Shapes s{qd[0], qd[1], qd[2], qd[3], vd[2], kd[1], {wd[0], wd[1], wd[2], wd[3]}};
-  const int64_t all[] = {s.batch, s.heads, s.length, s.keys};
-  for (int i = 0; i < 4; i++)
-    if (wd[i] != 1 && wd[i] != all[i])
-      return ffi::Error::InvalidArgument("the shape of seen does not fit");
+  if (!mask_fits(s)) return ffi::Error::InvalidArgument("the shape of seen does not fit");
   const Arrays a{q.typed_data(), k.typed_data(), v.typed_data(), (const uint8_t*)seen.typed_data(),
                  y->typed_data()};
   run(pool, s.batch * s.groups,
