@@ -75,6 +75,13 @@ def test_gradients_are_those_of_jax(length):
         assert_allclose(a, b, atol=1e-5)
 
 
+def some_mask(data, heads, length, keys):
+    # Which axes of the mask are as long as their own; the others are 1.
+    axes = [n if data.draw(st.booleans()) else 1 for n in (2, heads, length, keys)]
+    seen = np.random.default_rng(1).random(axes) < data.draw(st.sampled_from([0.1, 0.9]))
+    return seen & causal(length, keys) if data.draw(st.booleans()) else seen
+
+
 @each_isa
 @settings(max_examples=25)
 @given(st.data())
@@ -83,13 +90,8 @@ def test_the_op_on_any_shape(isa, data):
     groups, share = draw(1, 2), draw(1, 2)
     length, keys, size = draw(1, 110), draw(1, 140), draw(1, 70)
     q, k, v = inputs(groups * share, groups, length, keys, size)
-    # Which axes of the mask are as long as their own; the others are 1.
-    axes = [n if data.draw(st.booleans()) else 1 for n in (2, groups * share, length, keys)]
-    rng = np.random.default_rng(1)
-    seen = rng.random(axes) < data.draw(st.sampled_from([0.1, 0.9]))
-    if data.draw(st.booleans()):
-        seen = seen & causal(length, keys)
-    g = rng.standard_normal(q.shape).astype(np.float32)
+    seen = some_mask(data, groups * share, length, keys)
+    g = np.random.default_rng(2).standard_normal(q.shape).astype(np.float32)
     y, log_sum = native.forward(q, k, v, seen, isa=isa)
     found = y, *native.backward(q, k, v, seen, y, log_sum, g, isa=isa)
     for a, b in zip(found, formula(q, k, v, seen, g)):
@@ -110,10 +112,7 @@ def test_the_op_on_any_cache(isa, data):
     length, size = draw(1, 15), draw(1, 70)
     keys = data.draw(st.sampled_from([1, 7, 60, 1023, 1025, 2100]))
     q, k, v = inputs(groups * share, groups, length, keys, size)
-    axes = [n if data.draw(st.booleans()) else 1 for n in (2, groups * share, length, keys)]
-    seen = np.random.default_rng(1).random(axes) < data.draw(st.sampled_from([0.1, 0.9]))
-    if data.draw(st.booleans()):
-        seen = seen & causal(length, keys)
+    seen = some_mask(data, groups * share, length, keys)
     y = native.cached(q, *as_a_cache(k, v), seen, isa=isa)
     wanted = formula(q, k, v, seen)
     assert_allclose(y, wanted, atol=1e-5 * max(1, np.abs(wanted).max()))

@@ -235,34 +235,24 @@ static ffi::Error AttentionGradients(ffi::ThreadPool pool, Floats q, Floats k, F
   return ffi::Error::Success();
 }
 
+// What all of them are given first: q, k, v and what is seen.
+static auto operands() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Floats>()
+      .Arg<Floats>()
+      .Arg<Floats>()
+      .Arg<Mask>();
+}
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_attention, Attention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Mask>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>()
-                                  .Attr<std::string_view>("isa"));
+                              operands().Ret<Floats>().Ret<Floats>().Attr<std::string_view>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_attention_cached, CachedAttention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Mask>()
-                                  .Ret<Floats>()
-                                  .Attr<std::string_view>("isa"));
+                              operands().Ret<Floats>().Attr<std::string_view>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_attention_gradients, AttentionGradients,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Mask>()
+                              operands()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()

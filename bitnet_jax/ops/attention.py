@@ -32,13 +32,18 @@ def variants() -> tuple[str, ...]:
 
 def serves(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
     """Whether the ops are there, worth their call and know these dtypes, in a process on CPUs."""
-    arrays = (query, key, value)
     length, keys = query.shape[1], key.shape[1]
-    if length < _QUERIES or keys > _KEYS_A_QUERY * length:
-        return False
-    if any(x.dtype != jnp.float32 for x in arrays):
-        return False
-    if any(build.explicitly_sharded(x) for x in arrays):
+    enough = length >= _QUERIES and keys <= _KEYS_A_QUERY * length
+    return enough and _takes(query, key, value)
+
+
+def serves_cache(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
+    """Whether `cached` is there and worth its call, for few queries, in a process on CPUs."""
+    return query.shape[1] < _QUERIES and _takes(query, key, value)
+
+
+def _takes(*arrays: jax.Array) -> bool:
+    if any(x.dtype != jnp.float32 or build.explicitly_sharded(x) for x in arrays):
         return False
     return jax.default_backend() == "cpu" and bool(variants())
 
@@ -73,16 +78,6 @@ def forward(
 
     out = jax.eval_shape(like, query, key, value, seen)
     return _call("bitnet_attention", out, isa)(query, key, value, seen)
-
-
-def serves_cache(query: jax.Array, key: jax.Array, value: jax.Array) -> bool:
-    """Whether `cached` is there and worth its call, for few queries, in a process on CPUs."""
-    arrays = (query, key, value)
-    if query.shape[1] >= _QUERIES or any(x.dtype != jnp.float32 for x in arrays):
-        return False
-    if any(build.explicitly_sharded(x) for x in arrays):
-        return False
-    return jax.default_backend() == "cpu" and bool(variants())
 
 
 def cached(

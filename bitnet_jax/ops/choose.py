@@ -59,7 +59,7 @@ INT8_OPS = {
     "native": int8.int8_product,
 }
 # More rows than this unpack once rather than walk over the bytes again for each of them. (4096 x
-# 4096 on AVX2: a row takes 1.0 ms, unpacking 13 and 0.5 a row; with AMX 0.7, and 8 of them 8.5.)
+# 4096 on AVX2: a row takes 1.0 ms, unpacking 13 and 0.5 a row; with AMX 0.7, unpacking for 8 8.5.)
 _FEW = 8
 # More rows than this share XLA's signed copy of an 8-bit weight.
 _FEW_INT8 = 16
