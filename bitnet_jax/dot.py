@@ -144,7 +144,8 @@ def _scaled(
     sums = accumulate(x, weight, batch_dims, op).astype(jnp.float32)
     # Scales come after the sum: the accumulators stay integers, equal on every path.
     rows = x.ndim - 1 - batch_dims
-    return (sums * _rows_like(weight.scale, rows)).sum(batch_dims)
+    y = sums * _rows_like(weight.scale, rows)
+    return y.sum(batch_dims) if weight.group else y.squeeze(batch_dims)
 
 
 # The layers of a network have few shapes: jit traces and lowers a product once for each of them.

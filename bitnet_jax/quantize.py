@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .leaf import Int4, Int8, Quantized, Sparse, Ternary
@@ -27,8 +28,6 @@ _SMALLEST_SCALE = {"absmean": 1e-5} | dict.fromkeys(
 _THRESHOLD = {"threshold": 0.1, "twn": 0.7}
 # Largest |x| of a token is at least this, so that a row of zeros has a finite scale (same paper).
 _SMALLEST_ACTIVATION = 1e-5
-# So many are worth the call of an op: 11 microseconds, XLA 14 (in a chain, two cores of Zen 3).
-_MANY = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +89,24 @@ _KINDS: dict[str, type[Quantized]] = {"int8": Int8, "int4": Int4, "sherry": Spar
 LEVELS = {"int8": 127, "int4": 7}
 
 
-def grouped(w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+def grouped(w: jax.Array, group: int) -> tuple[jax.Array, np.ndarray]:
     """(..., in, out) -> (..., groups, group, out) zero-padded, and true rows (groups, 1, 1)."""
     size = w.shape[-2]
     group = group or max(size, 1)
     groups = max(-(-size // group), 1)
-    pad = [(0, 0)] * (w.ndim - 2) + [(0, groups * group - size), (0, 0)]
-    rows = jnp.clip(size - jnp.arange(groups) * group, 1, group).astype(jnp.float32)
-    blocks = jnp.pad(w, pad).reshape(*w.shape[:-2], groups, group, w.shape[-1])
-    return blocks, rows[:, None, None]
+    if missing := groups * group - size:
+        w = jnp.pad(w, [(0, 0)] * (w.ndim - 2) + [(0, missing), (0, 0)])
+    blocks = w.reshape(*w.shape[:-2], groups, group, w.shape[-1])
+    return blocks, rows_of(size, group, groups)[:, None, None]
+
+
+def rows_of(size: int, group: int, groups: int) -> np.ndarray:
+    """How many of ``size`` inputs each group has, float32 (groups,).
+
+    >>> rows_of(10, 4, 3).tolist()
+    [4.0, 4.0, 2.0]
+    """
+    return np.clip(size - np.arange(groups) * group, 1, group).astype(np.float32)
 
 
 def ungrouped(blocks: jax.Array, size: int) -> jax.Array:
@@ -133,21 +141,22 @@ def quantize_weights(w: jax.Array, scheme: Scheme = Scheme()) -> Quantized:
         codes, scale = _round_to_levels(blocks, axes, scheme)
     else:
         codes, scale = _round_to_ternary(blocks, rows, axes, scheme)
+    scale = scale[..., None] if -1 in axes else scale
     kind = _KINDS.get(scheme.rule, Ternary)
-    return kind(ungrouped(codes, w.shape[-2]).astype(jnp.int8), jnp.squeeze(scale, -2), group)
+    return kind(ungrouped(codes, w.shape[-2]).astype(jnp.int8), scale, group)
 
 
-def _round_to_ternary(blocks: jax.Array, rows: jax.Array, axes: tuple[int, ...], scheme: Scheme):
-    """Codes (..., groups, group, out) and scale (..., groups, 1, out or 1) of a ternary rule."""
-    count = rows * blocks.shape[-1] if -1 in axes else rows
-    total = abs_sum(blocks, axes)
-    mean = mean_of(total, count, scheme)
+def _round_to_ternary(blocks: jax.Array, rows: np.ndarray, axes: tuple[int, ...], scheme: Scheme):
+    """Codes (..., groups, group, out) and scale, without the axes that share it, of a rule."""
     if scheme.rule == "sherry":
         codes = _smallest_of_four_to_zero(blocks, rows)
         kept = jnp.abs(codes)
-        total = (jnp.abs(blocks) * kept).sum(axes, keepdims=True)
-        return codes, scale_of(total, kept.sum(axes, keepdims=True), scheme)
-    cut = cut_of(mean, scheme)
+        return codes, scale_of((jnp.abs(blocks) * kept).sum(axes), kept.sum(axes), scheme)
+    count = rows[:, 0, 0] * blocks.shape[-1] if -1 in axes else rows[:, 0]
+    mean = mean_of(abs_sum(blocks, axes), count, scheme)
+    # Axes come back after the arithmetic: XLA moves a reshape before it behind it, one operation
+    # in each of its rounds of simplification, and a training step took eight of them, not four.
+    cut = jnp.expand_dims(cut_of(mean, scheme), axes)
     codes = _codes(blocks, cut)
     if scheme.rule != "twn":
         return codes, mean
@@ -155,7 +164,7 @@ def _round_to_ternary(blocks: jax.Array, rows: jax.Array, axes: tuple[int, ...],
     return codes, scale_of(kept, number, scheme)
 
 
-def mean_of(total: jax.Array, count: jax.Array, scheme: Scheme) -> jax.Array:
+def mean_of(total: jax.Array, count: jax.Array | np.ndarray, scheme: Scheme) -> jax.Array:
     """m of `Scheme`'s table, bounded from below, from the sum of |w| and how many they are."""
     return jnp.maximum(total / count, _SMALLEST_SCALE[scheme.rule])
 
@@ -189,7 +198,7 @@ def _codes(blocks: jax.Array, cut: jax.Array) -> jax.Array:
         flat = lambda x: x.reshape(-1, *x.shape[-2:])
         return quantise.signs(flat(blocks), flat(cut)).reshape(blocks.shape)
 
-    if blocks.size < _MANY or not quantise.serves(blocks):
+    if not quantise.serves(blocks):
         return codes_by_cut(blocks, cut)
     return lax.platform_dependent(blocks, cut, cpu=native, default=codes_by_cut)
 
@@ -204,7 +213,7 @@ def scale_of(kept: jax.Array, number: jax.Array, scheme: Scheme) -> jax.Array:
     return jnp.maximum(kept / jnp.maximum(number, 1.0), _SMALLEST_SCALE[scheme.rule])
 
 
-def _smallest_of_four_to_zero(blocks: jax.Array, rows: jax.Array) -> jax.Array:
+def _smallest_of_four_to_zero(blocks: jax.Array, rows: np.ndarray) -> jax.Array:
     """Signs of blocks (..., groups, group, out), 0 for one of each four; missing inputs first."""
     *lead, size, out = blocks.shape
     there = jnp.arange(size)[:, None] < rows
@@ -221,7 +230,8 @@ def _round_to_levels(blocks: jax.Array, axes: tuple[int, ...], scheme: Scheme):
     levels = LEVELS[scheme.rule]
     (largest,) = over(lambda w: (jnp.abs(w),), jnp.maximum, blocks, axes)
     largest = jnp.maximum(largest, _SMALLEST_SCALE[scheme.rule])
-    return jnp.clip(jnp.round(blocks * (levels / largest)), -levels, levels), largest / levels
+    rounded = jnp.round(blocks * jnp.expand_dims(levels / largest, axes))
+    return jnp.clip(rounded, -levels, levels), largest / levels
 
 
 def quantize_kernel(w: jax.Array, scheme: Scheme, inputs: int | None = None) -> Quantized:
@@ -277,7 +287,7 @@ def quantize_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     ([[127, -64, 0]], 0.007874)
     """
     x = jnp.asarray(x, jnp.float32)
-    if x.size < _MANY or not quantise.serves(x):
+    if not quantise.serves(x):
         return _by_xla(x)
     return lax.platform_dependent(x, cpu=_by_cpp, default=_by_xla)
 

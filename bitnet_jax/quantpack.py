@@ -10,7 +10,7 @@ from jax import lax
 from .leaf import Packed, PackedTernary
 from .ops import quantise
 from .packed import pack_weight
-from .quantize import Scheme, cut_of, mean_of, quantize_kernel, scale_of
+from .quantize import Scheme, cut_of, mean_of, quantize_kernel, rows_of, scale_of
 from .reduce import LARGE, over_outputs
 
 
@@ -44,10 +44,9 @@ def _native(w: jax.Array, scheme: Scheme, like: PackedTernary) -> PackedTernary:
     group, one = like.group, scheme.scale == "tensor"
     whole = lambda x: over_outputs(jnp.add, x) if one else x
     groups = like.scale.shape[-2]
-    size = group or like.in_features
-    rows = jnp.clip(like.in_features - size * jnp.arange(groups), 1, size).astype(jnp.float32)
-    count = rows[:, None] * (out if one else 1)
-    mean = mean_of(quantise.sums(matrices, group, one), count, scheme)
+    rows = rows_of(like.in_features, group or like.in_features, groups)[:, None]
+    total = quantise.sums(matrices, group, one)
+    mean = mean_of(total[..., None], rows * out, scheme) if one else mean_of(total, rows, scheme)
     cut = jnp.broadcast_to(cut_of(mean, scheme), (len(matrices), groups, out))
     codes, kept, number = quantise.pack(matrices, cut, group, scheme.rule == "twn")
     if scheme.rule == "twn":

@@ -39,19 +39,20 @@ def over(
       cpu: what gives the same on a CPU, for large blocks, in the place of the loops.
 
     Returns:
-      (..., groups, 1, out), or (..., groups, 1, 1), one for each of f's results.
+      (..., groups, out), or (..., groups), one for each of f's results.
 
     >>> [x.tolist() for x in over(lambda w: (w, 2 * w), jnp.add, jnp.ones((1, 3, 1)), (-2,))]
-    [[[[3.0]]], [[[6.0]]]]
+    [[[3.0]], [[6.0]]]
     """
     reduce = jnp.sum if op is jnp.add else functools.partial(jnp.max, initial=0)
-    plain = lambda *x: tuple(reduce(y, axis=axes, keepdims=True) for y in f(*x))
+    plain = lambda *x: tuple(reduce(y, axis=axes) for y in f(*x))
     if not _is_large(blocks):
         return plain(blocks, *beside)
 
     def by_rows(*x):
         totals = _over_inputs(f, op, *x)
-        return tuple(over_outputs(op, y) for y in totals) if -1 in axes else totals
+        totals = tuple(over_outputs(op, y) for y in totals) if -1 in axes else totals
+        return tuple(y.squeeze(axes) for y in totals)
 
     return lax.platform_dependent(blocks, *beside, cpu=cpu or by_rows, default=plain)
 
@@ -62,13 +63,12 @@ def abs_sum(blocks: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     Over the outputs too, for XLA would add the halves of `over_outputs` again for all who use them.
 
     >>> abs_sum(jnp.array([[[1.0], [-2.0]]]), (-2,)).tolist()
-    [[[3.0]]]
+    [[3.0]]
     """
 
     def native(x):
-        *lead, size, out = x.shape
-        sums = quantise.sums(x.reshape(-1, size, out), 0, -1 in axes)
-        return (sums.reshape(*lead, 1, sums.shape[-1]),)
+        *lead, groups, size, out = x.shape
+        return (quantise.sums(x.reshape(*lead, groups * size, out), size, -1 in axes),)
 
     here = _is_large(blocks) and quantise.serves(blocks)
     size = lambda x: (jnp.abs(x),)

@@ -227,13 +227,16 @@ static void halve(float* x, int64_t n) {
   }
 }
 
-static ffi::Error Sums(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> w,
-                       ffi::Result<ffi::BufferR3<ffi::F32>> sums, int64_t group, bool outputs) {
-  const int64_t stack = w.dimensions()[0], in = w.dimensions()[1], n = w.dimensions()[2];
+static ffi::Error Sums(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> w,
+                       ffi::Result<ffi::Buffer<ffi::F32>> sums, int64_t group, bool outputs) {
+  const auto shape = w.dimensions();
+  if (shape.size() < 2) return ffi::Error::InvalidArgument("w (*stack, in, n) needed");
+  const int64_t in = shape[shape.size() - 2], n = shape.back();
+  const int64_t stack = in * n ? int64_t(w.element_count()) / (in * n) : 0;
   group = group ? group : std::max<int64_t>(in, 1);
   const int64_t groups = (in + group - 1) / group;
   if (sums->element_count() != size_t(stack * groups * (outputs ? 1 : n)) || (outputs && !n))
-    return ffi::Error::InvalidArgument("sums (stack, groups, n or 1) needed");
+    return ffi::Error::InvalidArgument("sums (*stack, groups) or (*stack, groups, n) needed");
   std::vector<float> room(outputs ? stack * groups * n : 0);
   float* to = outputs ? room.data() : sums->typed_data();
   each_strip(pool, stack, n, [&](int64_t s, int64_t first, int64_t columns) {
@@ -325,8 +328,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_signs, Signs,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bitnet_sums, Sums,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::BufferR3<ffi::F32>>()
-                                  .Ret<ffi::BufferR3<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("group")
                                   .Attr<bool>("outputs"));
 
