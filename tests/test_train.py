@@ -15,7 +15,7 @@ from bitnet_jax.optim import adamw
 from bitnet_jax.train import data
 from bitnet_jax.train.evaluate import evaluate
 from bitnet_jax.train.loop import fit
-from bitnet_jax.train.loss import next_token
+from bitnet_jax.train.loss import likeliest, next_token
 from bitnet_jax.train.step import as_pytree, train_step
 
 CONFIG = DecoderConfig(vocab_size=16, width=32, layers=1, heads=2, kv_heads=1, hidden=64)
@@ -51,6 +51,19 @@ def test_the_same_seed_gives_the_same_bytes():
     model, params = model_and_params(Scheme())
     runs = [fit(model, params, optax.adam(1e-2), counting(), epochs=2, batch=8) for _ in range(2)]
     jax.tree.map(np.testing.assert_array_equal, runs[0].params, runs[1].params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_likeliest_token_is_the_first_of_equals(dtype):
+    random = np.random.default_rng(0)
+    logits = jnp.asarray(random.integers(0, 4, (300, 9)), dtype)
+    logits = logits.at[0].set(-jnp.inf).at[1, 3].set(jnp.inf)
+    for token in range(9):
+        tokens = jnp.full(300, token)
+        expected = logits.argmax(-1) == token
+        assert 0 < expected.sum() < 300
+        np.testing.assert_array_equal(likeliest(logits, tokens), expected)
+    assert not likeliest(jnp.full((1, 2), jnp.nan), jnp.array([0])).any()
 
 
 class Tiny(nn.Module):

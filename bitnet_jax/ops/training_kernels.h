@@ -148,9 +148,8 @@ static void pair_gradients(const float* g, const float* scales, int64_t tokens, 
   }
 }
 
-INLINE void tile(const int32_t* codes,
-                                                       const Ints8 (*g)[EIGHTS], int64_t pairs,
-                                                       Ints8 (*sums)[EIGHTS]) {
+INLINE void tile(const int32_t* codes, const Ints8 (*g)[EIGHTS], int64_t pairs,
+                 Ints8 (*sums)[EIGHTS]) {
   WideInts sum[TALL][2] = {};
   for (int64_t p = 0; p < pairs; p++, codes += TALL) {
     const WideInts left = load<WideInts>(g[p]), right = load<WideInts>(g[p] + EIGHTS / 2);
@@ -167,16 +166,20 @@ INLINE void tile(const int32_t* codes,
 // out (k, columns) of a matrix n wide: all inputs of up to WIDE columns of the grad-weight.
 static void grad_weight(const int32_t* words, const float* scales, const float* g, int64_t tokens,
                         int64_t k, int64_t n, int64_t columns, float* out) {
-  static thread_local Floats8 room[TOKENS + 1][EIGHTS];
-  static thread_local Ints8 gradients[PAIRS][EIGHTS];
+  struct Room {
+    Floats8 floats[TOKENS + 1][EIGHTS];
+    Ints8 pairs[PAIRS][EIGHTS];
+  };
+  static thread_local Room own;
+  Room& room = own;  // looked up once: it is a call
   const int64_t all = (tokens + 1) / 2;
   for (int64_t t = 0; t < tokens; t += TOKENS) {
     const int64_t now = std::min<int64_t>(TOKENS, tokens - t);
     Floats8 scale[EIGHTS];
-    pair_gradients(g + t * n, scales + t, now, n, columns, room, gradients, scale);
+    pair_gradients(g + t * n, scales + t, now, n, columns, room.floats, room.pairs, scale);
     for (int64_t i = 0; i < k; i += TALL) {
       Ints8 sums[TALL][EIGHTS];
-      tile(words + (i / TALL * all + t / 2) * TALL, gradients, (now + 1) / 2, sums);
+      tile(words + (i / TALL * all + t / 2) * TALL, room.pairs, (now + 1) / 2, sums);
       for (int64_t j = 0; j < std::min<int64_t>(TALL, k - i); j++) {
         float* to = out + (i + j) * n;
         float edge[WIDE] = {}, *values = columns == WIDE ? to : edge;

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from .data import padded
-from .loss import compiled_logits
+from .loss import compiled_logits, likeliest
 
 
 def summed(sums: Callable[[np.ndarray, np.ndarray], Any], data: np.ndarray, batch: int) -> Any:
@@ -27,7 +27,7 @@ def _sums(logits: jax.Array, batch: jax.Array, real: jax.Array):
     """Summed loss and right guesses over the rows of the batch that are real."""
     targets = batch[:, 1:]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    right = logits.argmax(-1) == targets
+    right = likeliest(logits, targets)
     return jnp.sum(loss * real[:, None]), jnp.sum(right * real[:, None])
 
 

@@ -20,7 +20,7 @@ from ..models.phase3 import Phase3Config, supervised
 from .agreement import compared, shares
 from .distill import divergence
 from .evaluate import summed
-from .loss import Loss, compiled_logits
+from .loss import Loss, compiled_logits, likeliest
 
 
 def attached(config: Phase3Config) -> Phase3Config:
@@ -48,7 +48,7 @@ class _Recursion:
         out: Any = model.apply(params, ids, return_all_steps=True)
         every = out["all_logits"].astype(jnp.float32)
         own = supervised(self.config, every, ids, out["halting_steps"], out["loss_gate"])
-        right = jnp.mean(every[-1].argmax(-1) == ids)
+        right = jnp.mean(likeliest(every[-1], ids))
         metrics = {"accuracy": right, "cross_entropy": own["loss_ce"]}
         if not self.mixing:
             return own["loss"], metrics
@@ -110,7 +110,7 @@ def _sums(model: nn.Module, params: Any, ids: jax.Array, real: jax.Array):
     every = jax.nn.log_softmax(out["all_logits"].astype(jnp.float32))
     index = jnp.broadcast_to(ids, every.shape[:1] + ids.shape)[..., None]
     losses = -jnp.take_along_axis(every, index, axis=-1)[..., 0]
-    right = every[-1].argmax(-1) == ids
+    right = likeliest(every[-1], ids)
     sums = (
         (losses * real[:, None]).sum((1, 2)),
         (right * real[:, None]).sum(),
