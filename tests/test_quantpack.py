@@ -130,7 +130,7 @@ def test_activations_have_the_bits_of_xla(shape):
     plain, ours = jax.jit(_by_xla), jax.jit(quantize_activations)
     same(ours(x), plain(x))
     assert "bitnet_codes" in ours.lower(x).as_text()
-    assert "bitnet_codes" not in ours.lower(x[:1, :1]).as_text()
+    assert "bitnet_codes" not in ours.lower(x[(slice(1),) * x.ndim]).as_text()
     stack = np.stack([x, -x])
     same(jax.jit(jax.vmap(quantize_activations))(stack), plain(stack))
     grad = lambda f: jax.jit(jax.grad(lambda x: f(x)[1].sum()))(normal(9, *shape))
