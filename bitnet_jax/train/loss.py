@@ -78,6 +78,13 @@ def likeliest(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
     A token is the likeliest if no other has more, and none before it as much.
 
+    Args:
+      logits: float (..., vocab).
+      tokens: int (...), of the vocabulary.
+
+    Returns:
+      bool (...); False where the token's logit, or one it is compared with, is NaN.
+
     >>> likeliest(jnp.array([[1.0, 2.0, 2.0]] * 3), jnp.arange(3)).tolist()
     [False, True, False]
     """
