@@ -192,7 +192,7 @@ def codes_by_cut(w: jax.Array, cut: jax.Array) -> jax.Array:
 
 
 def _codes(blocks: jax.Array, cut: jax.Array) -> jax.Array:
-    """`codes_by_cut` of large leaves in C++: nothing to compile for every layer anew."""
+    """`codes_by_cut`, in C++ where the op serves: nothing to compile for every layer anew."""
 
     def native(blocks, cut):
         flat = lambda x: x.reshape(-1, *x.shape[-2:])

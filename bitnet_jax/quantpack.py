@@ -45,8 +45,8 @@ def _native(w: jax.Array, scheme: Scheme, like: PackedTernary) -> PackedTernary:
     whole = lambda x: over_outputs(jnp.add, x) if one else x
     groups = like.scale.shape[-2]
     rows = rows_of(like.in_features, group or like.in_features, groups)[:, None]
-    total = quantise.sums(matrices, group, one)
-    mean = mean_of(total[..., None], rows * out, scheme) if one else mean_of(total, rows, scheme)
+    total = quantise.sums(matrices, group, one).reshape(len(matrices), groups, -1)
+    mean = mean_of(total, rows * out if one else rows, scheme)
     cut = jnp.broadcast_to(cut_of(mean, scheme), (len(matrices), groups, out))
     codes, kept, number = quantise.pack(matrices, cut, group, scheme.rule == "twn")
     if scheme.rule == "twn":

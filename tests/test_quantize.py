@@ -299,3 +299,13 @@ def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other():
 def test_a_scheme_that_does_not_exist(arguments):
     with pytest.raises(ValueError, match=f"^{next(reversed(arguments))} "):
         Scheme(**arguments)
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (64, 32), (300, 300)])
+def test_a_scale_takes_few_operations(shape):
+    """Nothing to fold, and no axis of length 1 that XLA would move, an operation a round."""
+    text = quantize_weights.lower(jnp.ones(shape), Scheme()).as_text()
+    for folded in ("pad", "iota", "clamp", "minimum"):
+        assert f"stablehlo.{folded}" not in text
+    (bounded,) = (line for line in text.splitlines() if "stablehlo.maximum" in line)
+    assert bounded.endswith("tensor<1xf32>")
