@@ -182,11 +182,11 @@ def latent_start(params: Tree, converted: Tree, scheme: Scheme, keep: float) -> 
     """
     if keep == 1:
         return params
-    start = jax.jit(functools.partial(_moved, rule=scheme.rule, keep=keep))
-    one = lambda x, w: start(x, w) if isinstance(w, Quantized) else x
+    one = lambda x, w: _moved(x, w, scheme.rule, keep) if isinstance(w, Quantized) else x
     return jax.tree.map(one, params, converted)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _moved(kernel: jax.Array, weight: Quantized, rule: str, keep: float) -> jax.Array:
     if isinstance(weight, Ternary) and rule in ("absmean", "threshold"):
         blocks, rows = grouped(jnp.abs(weight.codes).astype(jnp.float32), weight.group)
@@ -251,7 +251,7 @@ class _Seen:
 
 def _convert(part: _Part, streams: list, rounds: int, note: Callable) -> dict[str, jax.Array]:
     """Convert the matrices of a stage; its kernels (2, ...), float and converted."""
-    both = lambda name, weight: jnp.stack([part.latent[name], dequantize(weight)])
+    both = lambda name, weight: _both(part.latent[name], weight)
     kernels = {name: both(name, part.start(name)) for name in part.latent}
     waiting = part.order(streams[0]) if kernels else []
     while waiting:
@@ -287,6 +287,7 @@ def _one_matrix(kernel, gram, cross, scheme, rounds) -> Quantized:
 
 
 _start = jax.jit(quantize_kernel, static_argnums=(1, 2))
+_both = jax.jit(lambda latent, weight: jnp.stack([latent, dequantize(weight)]))
 _equal = lambda a, b: all(jnp.array_equal(x, y) for x, y in zip(a, b))
 
 

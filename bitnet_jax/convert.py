@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import BitnetError
+from .host import all_finite
 from .leaf import (
     Packed,
     PackedSparse,
@@ -105,14 +106,11 @@ def path_name(path: tuple) -> str:
 def check_finite(params: Tree) -> None:
     """Raise `BitnetError` naming the first leaf that holds NaN or infinity."""
     for path, x in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.issubdtype(x.dtype, jnp.floating) and not bool(_all_finite(x)):
+        if jnp.issubdtype(x.dtype, jnp.floating) and not all_finite(x):
             what = "NaN" if bool(jnp.isnan(x).any()) else "infinite values"
             raise BitnetError(
                 f"{path_name(path)}: holds {what}; repair or retrain this weight, then convert"
             )
-
-
-_all_finite = jax.jit(lambda x: jnp.isfinite(x).all())
 
 
 def kernel_arguments(
@@ -322,7 +320,7 @@ def code_counts(leaf: Quantized | Packed) -> tuple[int, int, int]:
     """How many codes are -1, 0 and +1; zeros for a leaf that is not ternary."""
     if not isinstance(leaf, Ternary | PackedTernary | PackedSparse):
         return 0, 0, 0
-    codes = np.asarray(unpack_weight(leaf).codes if isinstance(leaf, Packed) else leaf.codes)
+    codes = np.asarray((jax.jit(unpack_weight)(leaf) if isinstance(leaf, Packed) else leaf).codes)
     minus, zeros, plus = (int((codes == v).sum()) for v in (-1, 0, 1))
     return minus, zeros, plus
 

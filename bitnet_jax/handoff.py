@@ -25,6 +25,7 @@ from . import checkpoint
 from .calibrate import latent_start
 from .convert import dequantise, path_name, unpack
 from .errors import BitnetError
+from .host import all_finite
 from .interop.phase3_pair import save_pair
 from .leaf import Packed, is_quantized
 from .models.folder import TOKENIZER, ModelFolder, PythonModule, load_model, save_model
@@ -165,7 +166,7 @@ def _half(path: tuple, x: jax.Array) -> jax.Array:
     if not floating or path_name(path).startswith("buffers/"):
         return x
     half = x.astype(jnp.float16)
-    return half if bool(jnp.isfinite(half).all()) else x
+    return half if all_finite(half) else x
 
 
 def _at(tree: Tree, path: tuple) -> jax.Array:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .convert import path_name
 from .errors import BitnetError
+from .host import largest
 from .packed import pack_weight
 from .policy import Policy, is_table, scheme_of
 from .quantize import Scheme, dequantize, quantize_kernel
@@ -215,7 +216,7 @@ def _kept_bytes(name: str, x: Any, told: Policy) -> int:
     if not _floating(x):
         return x.nbytes
     format = policy.format_of(name) or "float32"
-    outgrown = format == "float16" and float(jnp.abs(x).max(initial=0)) > 65504
+    outgrown = format == "float16" and largest(x) > 65504
     return x.nbytes if outgrown else x.size * jnp.dtype(format).itemsize
 
 

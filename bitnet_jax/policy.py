@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .host import largest
 from .quantize import Scheme
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -98,7 +99,7 @@ def place(path: str, x: jax.Array, policy: Policy) -> tuple[str | None, str]:
                 f"has {x.ndim} axes; say in Policy(inputs=...) how many are inputs "
                 "(or 'ternary-stack')"
             )
-    if format == "float16" and float(jnp.abs(x).max(initial=0)) > float(jnp.finfo("float16").max):
+    if format == "float16" and largest(x) > float(jnp.finfo("float16").max):
         return None, "outgrows float16"
     return format, ""
 

@@ -139,9 +139,7 @@ def _feedback(target: jax.Array, gram: jax.Array, scale: jax.Array, snap: Callab
     """Codes by error feedback: GPTQ's rounding of one input after another."""
     size = target.shape[0]
     order = jnp.argsort(-jnp.diag(gram))
-    inverse = jnp.linalg.inv(gram[order][:, order])
-    # Row i of the upper factor U of H^-1 = U^T U says where the error of input i goes.
-    upper = _padded(jnp.linalg.cholesky((inverse + inverse.T) / 2).T)
+    upper = _padded(_upper_of_inverse(gram[order][:, order]))
     w, s = _rows(target[order], 0.0), _rows(scale[order], 1.0)
     index = jnp.pad(order, (0, -size % _BLOCK))
 
@@ -166,6 +164,16 @@ def _feedback(target: jax.Array, gram: jax.Array, scale: jax.Array, snap: Callab
 
     _, codes = jax.lax.fori_loop(0, len(w) // _BLOCK, block, (w, jnp.zeros_like(w)))
     return jnp.zeros_like(target).at[order].set(codes[:size])
+
+
+def _upper_of_inverse(gram: jax.Array) -> jax.Array:
+    """U of H^-1 = U^T U, upper triangular: its row i says where the error of input i goes.
+
+    From the last input to the first H = V V^T with V upper triangular, so U = V^-1, and H is
+    never inverted.
+    """
+    v = jnp.linalg.cholesky(gram[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
+    return jax.scipy.linalg.solve_triangular(v, jnp.eye(len(gram), dtype=gram.dtype))
 
 
 def _descend(

@@ -6,7 +6,13 @@ import pytest
 
 from bitnet_jax import Scheme, quantize_weights
 from bitnet_jax.quantize import dequantize
-from bitnet_jax.reconstruct import corrected, damped, output_error, reconstruct
+from bitnet_jax.reconstruct import (
+    _upper_of_inverse,
+    corrected,
+    damped,
+    output_error,
+    reconstruct,
+)
 
 
 def problem(size, out, tokens=256, seed=0):
@@ -96,3 +102,13 @@ def test_inputs_that_are_always_zero_do_no_harm():
     assert bool((weight.scale > 0).all())
     nothing = reconstruct(w, damped(0 * x.T @ x))
     assert bool(jnp.isfinite(nothing.scale).all())
+
+
+@pytest.mark.parametrize("size", [1, 7, 96])
+def test_the_factor_of_the_inverse(size):
+    x, _ = problem(size, 1)
+    h = damped(x.T @ x)
+    upper = np.asarray(_upper_of_inverse(h), np.float64)
+    assert not np.tril(upper, -1).any() and (np.diag(upper) > 0).all()
+    inverse = np.linalg.inv(np.asarray(h, np.float64))
+    np.testing.assert_allclose(upper.T @ upper, inverse, atol=1e-5 * np.abs(inverse).max())
