@@ -42,7 +42,7 @@ def untakeable():
     return Net()
 '''
 TEXT = "".join(f"{i} bottles of beer on the wall, {i} bottles of beer.\n" for i in range(150))
-CONFIG = DecoderConfig(vocab_size=256, width=32, layers=1, heads=2, kv_heads=1, hidden=64)
+CONFIG = DecoderConfig(vocab_size=256, width=32, layers=1, heads=2, kv_heads=1, hidden=32)
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def test_the_kept_results_are_complete():
 
 
 def test_the_script_for_a_gpu_runs_on_a_tiny_model(tmp_path, monkeypatch):
-    config = DecoderConfig(vocab_size=256, width=32, layers=1, heads=2, kv_heads=1, hidden=64)
+    config = DecoderConfig(vocab_size=256, width=32, layers=1, heads=2, kv_heads=1, hidden=32)
     words = "hello world, this is some text. " * 200
     (tmp_path / "text.txt").write_text(words)
     text = windows(np.frombuffer(words.encode(), np.uint8).astype(np.int32), 32)
