@@ -19,6 +19,7 @@ from rich.console import Console
 
 from .convert import check_finite, path_name, ternarise
 from .errors import BitnetError
+from .host import host_view
 from .leaf import Acting, Product, Quantized, Ternary
 from .policy import Policy, is_ternary_matrix
 from .progress import counter
@@ -272,7 +273,7 @@ def _convert(part: _Part, streams: list, rounds: int, note: Callable) -> dict[st
 def _solve(part: _Part, name: str, gram: jax.Array, cross: jax.Array, rounds: int) -> Quantized:
     """One matrix, or a stack of them, from what was measured of its inputs."""
     start = part.start(name)
-    if not bool(jnp.any(gram)):
+    if not host_view(gram).any():
         return start
     solve = functools.partial(_one_matrix, scheme=part.scheme, rounds=rounds)
     for _ in range(gram.ndim - 2):
@@ -288,7 +289,11 @@ def _one_matrix(kernel, gram, cross, scheme, rounds) -> Quantized:
 
 _start = jax.jit(quantize_kernel, static_argnums=(1, 2))
 _both = jax.jit(lambda latent, weight: jnp.stack([latent, dequantize(weight)]))
-_equal = lambda a, b: all(jnp.array_equal(x, y) for x, y in zip(a, b))
+
+
+def _equal(a: Iterable[jax.Array], b: Iterable[jax.Array]) -> bool:
+    same = lambda x, y: x.shape == y.shape and (host_view(x) == host_view(y)).all()
+    return all(same(x, y) for x, y in zip(a, b))
 
 
 def _sum(trees: Iterable[Tree]) -> Tree:

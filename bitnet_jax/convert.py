@@ -273,12 +273,12 @@ def pack(tree: Tree) -> Tree:
     >>> pack({"kernel": quantize_weights(jnp.eye(4))})["kernel"].codes.shape
     (1, 4)
     """
-    return _on(Quantized, jax.jit(pack_weight), tree)
+    return _on(Quantized, pack_weight, tree)
 
 
 def unpack(tree: Tree) -> Tree:
     """Every packed leaf unpacked; exact inverse of `pack`."""
-    return _on(Packed, jax.jit(unpack_weight), tree)
+    return _on(Packed, unpack_weight, tree)
 
 
 def dequantise(tree: Tree) -> Tree:
@@ -287,7 +287,7 @@ def dequantise(tree: Tree) -> Tree:
     For plain float layers and other libraries. Not for `BitDense`: quantising these values again
     is not the same ternary weight under absmean (see `dequantize`).
     """
-    return _on(Quantized, jax.jit(dequantize), unpack(tree))
+    return _on(Quantized, dequantize, unpack(tree))
 
 
 def report(before: Tree, after: Tree, policy: Policy = Policy()) -> Report:
@@ -320,7 +320,7 @@ def code_counts(leaf: Quantized | Packed) -> tuple[int, int, int]:
     """How many codes are -1, 0 and +1; zeros for a leaf that is not ternary."""
     if not isinstance(leaf, Ternary | PackedTernary | PackedSparse):
         return 0, 0, 0
-    codes = np.asarray((jax.jit(unpack_weight)(leaf) if isinstance(leaf, Packed) else leaf).codes)
+    codes = np.asarray((unpack_weight(leaf) if isinstance(leaf, Packed) else leaf).codes)
     minus, zeros, plus = (int((codes == v).sum()) for v in (-1, 0, 1))
     return minus, zeros, plus
 

@@ -1,5 +1,7 @@
 """Codes to bytes and back: 2 bits a ternary code, 4 or 8 an integer one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -8,6 +10,8 @@ from .leaf import PACKED, Packed, PackedSparse, Quantized
 from .sparse import pack_fours, unpack_fours
 
 _KIND = {kind.unpacked: kind for kind in PACKED}
+# By itself one program a shape, not one an operation; within another program nothing of its own.
+_one_program = functools.partial(jax.jit, inline=True)
 
 
 def _shifts(bits: int) -> jax.Array:
@@ -51,6 +55,7 @@ def _offset(bits: int) -> int:
     return 1 if bits == 2 else 2 ** (bits - 1)
 
 
+@_one_program
 def pack_weight(weight: Quantized) -> Packed:
     """A quantised weight to the packed leaf; exact, jit-able, any input width.
 
@@ -71,6 +76,7 @@ def pack_weight(weight: Quantized) -> Packed:
     )
 
 
+@_one_program
 def unpack_weight(leaf: Packed) -> Quantized:
     """The packed leaf back to the quantised weight; exact, jit-able."""
     if isinstance(leaf, PackedSparse):

@@ -260,6 +260,7 @@ def matrix_values(weight: Quantized) -> jax.Array:
     return ungrouped(values, weight.codes.shape[-2])
 
 
+@functools.partial(jax.jit, inline=True)  # by itself one program, in another nothing of its own
 def dequantize(weight: Quantized) -> jax.Array:
     """Codes times scale: the float32 values a quantised weight stands for, in the kernel's shape.
 

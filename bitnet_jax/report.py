@@ -267,7 +267,7 @@ def _draw_weights(axes, latent: Tree, packed: Tree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(packed, is_leaf=is_quantized):
         # Where a recipe chose the codes itself, there is no latent weight to show.
         if isinstance(leaf, PackedTernary) and not leaf.group and path_name(path) in old:
-            weight = jax.jit(unpack_weight)(leaf)
+            weight = unpack_weight(leaf)
             values.append((np.asarray(old[path_name(path)]) / np.asarray(weight.scale)).ravel())
             codes.append(np.asarray(weight.codes).ravel())
     if not values:

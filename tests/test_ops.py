@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -247,6 +248,7 @@ for rows in (1, 40):
     )
 
 
+COMPILER = next(filter(shutil.which, ("g++", "clang++", "c++")), "c++")
 STATUS = "from bitnet_jax.ops import native; print(native.variants(), native.status())"
 
 
@@ -282,12 +284,7 @@ print(xla.packed_product(jnp.ones((1, 3), jnp.int8), jnp.full((1, 1), 170, jnp.u
 
 @needs_native
 def test_two_processes_compile_at_once(tmp_path):
-    # The library that this process runs, again: what is tested is the way to its place.
-    made = max(build._cache().glob("native-*.so"), key=lambda file: file.stat().st_mtime)
-    slow = tmp_path / "compiler"
-    slow.write_text(f'#!/bin/sh\nsleep 1\nfor last; do :; done\ncp "{made}" "$last"\n')
-    slow.chmod(0o700)
-    both = [start(tmp_path, CXX=str(slow)) for _ in range(2)]
+    both = [start(tmp_path, CXX=f"{COMPILER} -O1") for _ in range(2)]  # -O1: twice as quick
     said = [process.communicate() for process in both]
     assert said[0] == said[1] and said[0][0].startswith("('"), said
     files = os.listdir(tmp_path / "bitnet_jax")

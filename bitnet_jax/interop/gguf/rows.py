@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,7 +9,6 @@ from ...leaf import Int4, Int8, Packed, Quantized, Ternary
 from ...packed import pack_weight, unpack_weight
 from .blocks import RANGES, size
 
-_pack, _unpack = jax.jit(pack_weight), jax.jit(unpack_weight)
 KINDS = {"ternary": Ternary, "int8": Int8, "int4": Int4}
 
 
@@ -57,7 +55,7 @@ def from_leaf(leaf: Quantized | Packed, table: bool = False) -> Rows | np.ndarra
     >>> rows.codes.tolist(), rows.scale.tolist()
     ([[1, 0]], [[0.5]])
     """
-    weight = _unpack(leaf) if isinstance(leaf, Packed) else leaf
+    weight = unpack_weight(leaf) if isinstance(leaf, Packed) else leaf
     codes, scale = np.asarray(weight.codes), np.asarray(weight.scale, np.float32)
     if not table:
         scale = np.broadcast_to(scale.T, (codes.shape[1], scale.shape[0]))
@@ -117,7 +115,7 @@ def to_leaf(rows: Rows, kind: str, table: bool = False) -> Packed:
 
 
 def _packed(kind: str, codes: np.ndarray, scale: np.ndarray, group: int) -> Packed:
-    return _pack(KINDS[kind](jnp.asarray(codes), jnp.asarray(scale, jnp.float32), group))
+    return pack_weight(KINDS[kind](jnp.asarray(codes), jnp.asarray(scale, jnp.float32), group))
 
 
 def _alike(scale: np.ndarray, together: int) -> bool:
