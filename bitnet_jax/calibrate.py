@@ -23,6 +23,7 @@ from .host import host_view
 from .leaf import Acting, Product, Quantized, Ternary
 from .policy import Policy, is_ternary_matrix
 from .progress import counter
+from .pytree import pytree
 from .quantize import Scheme, dequantize, grouped, quantize_kernel, round_activations
 from .reconstruct import corrected, damped, reconstruct
 
@@ -43,7 +44,7 @@ class Stage:
     apply: Callable[[Tree, Any], Any]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _Observed(Acting):
     """A float matrix whose inputs are measured, in one of two streams that run side by side.

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import jax
 
+from .pytree import pytree
+
 
 def split(size: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes a flattened axis of this size stands for; itself, if it was never several.
@@ -83,7 +85,7 @@ class Quantized(_Leaf):
         return self.codes.shape[-2]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Ternary(Quantized):
     """A ternary weight: codes in {-1, 0, 1} and their scale, see `Quantized`.
@@ -95,7 +97,7 @@ class Ternary(Quantized):
     """
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Sparse(Ternary):
     """A 3:4 sparse ternary weight: of inputs 4j to 4j+3 exactly one has code 0, see `Quantized`.
@@ -104,13 +106,13 @@ class Sparse(Ternary):
     """
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Int8(Quantized):
     """An 8-bit weight: codes in [-127, 127] and their scale, see `Quantized`."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Int4(Quantized):
     """A 4-bit weight: codes in [-7, 7] and their scale, see `Quantized`."""
@@ -139,7 +141,7 @@ class Packed(_Leaf):
     unpacked: ClassVar[type[Quantized]]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class PackedTernary(Packed):
     """A packed ternary weight: 2 bits a code, four adjacent inputs to a byte, see `Packed`.
@@ -154,7 +156,7 @@ class PackedTernary(Packed):
     unpacked: ClassVar[type[Quantized]] = Ternary
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class PackedSparse(Packed):
     """A packed 3:4 sparse ternary weight: five bits for four adjacent inputs.
@@ -167,7 +169,7 @@ class PackedSparse(Packed):
     unpacked: ClassVar[type[Quantized]] = Sparse
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class PackedInt4(Packed):
     """A packed 4-bit weight, two adjacent inputs to a byte, see `Packed`."""
@@ -176,7 +178,7 @@ class PackedInt4(Packed):
     unpacked: ClassVar[type[Quantized]] = Int4
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class PackedInt8(Packed):
     """A packed 8-bit weight, a byte a code, see `Packed`."""
@@ -188,7 +190,7 @@ class PackedInt8(Packed):
 PACKED: tuple[type[Packed], ...] = (PackedTernary, PackedSparse, PackedInt4, PackedInt8)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Prequantized:
     """Latent weights with their codes already computed: quantised once, multiplied many times.

@@ -1,5 +1,8 @@
 """Kernels of several axes, integer leaves, weights quantised once: beyond the ternary matrix."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +28,10 @@ from bitnet_jax import (
 )
 from bitnet_jax.convert import attach, prequantize
 from bitnet_jax.embed import attend, take
+from bitnet_jax.leaf import PACKED, Int4, Int8, PackedInt4, Prequantized, Sparse, Ternary
 from bitnet_jax.packed import pack_codes, pack_weight, unpack_codes
 from bitnet_jax.quantize import quantize_activations, quantize_kernel, quantize_weights
+from bitnet_jax.recipe.residual import _WithResidual
 
 from .battery import normal
 
@@ -283,3 +288,24 @@ def test_no_scheme_is_plain_float():
     assert_array_equal(layer.apply(variables, x), nn.Dense(5).apply(variables, x))
     packed = pack(ternarise(variables))  # a leaf is multiplied as it is, scheme or not
     assert_array_equal(layer.apply(packed, x), BitDense(5).apply(packed, x))
+
+
+def test_structures_of_two_kinds_of_leaves_differ():
+    # By `jax.tree_util.register_dataclass` they do not, and one jit lookup of a hundred goes wrong.
+    codes, scale = jnp.ones((8, 4), jnp.int8), jnp.ones((1, 1))
+    unpacked = [kind(codes, scale) for kind in (Ternary, Sparse, Int8, Int4)]
+    packed = [kind(codes.view(jnp.uint8), scale, 8) for kind in PACKED]
+    acting = [_WithResidual(codes, scale), Prequantized(codes, scale)]
+    for leaves in (unpacked, packed, acting):
+        assert len({type(x) for x in leaves}) == len(leaves)
+        for a, b in itertools.combinations(leaves, 2):
+            assert jax.tree.structure(a) != jax.tree.structure(b)
+
+
+def test_a_leaf_keeps_its_paths_and_static_fields_as_a_pytree():
+    leaf = PackedInt4(jnp.ones((4, 6), jnp.uint8), jnp.ones((2, 6)), 7, 4, (), (2, 3))
+    leaves, structure = jax.tree.flatten(leaf)
+    back = structure.unflatten(leaves)
+    assert all(getattr(back, f.name) is getattr(leaf, f.name) for f in dataclasses.fields(leaf))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(leaf)]
+    assert paths == [".codes", ".scale"]

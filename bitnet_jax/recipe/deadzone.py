@@ -9,6 +9,7 @@ from ..convert import path_name
 from ..errors import BitnetError
 from ..leaf import Acting, Product, is_quantized
 from ..policy import Policy
+from ..pytree import pytree
 from ..quantize import Scheme
 from .part import Part, Tree, latent_of, on_matrices, per_matrix, ternary_of
 
@@ -94,7 +95,7 @@ class DeadZone(Part):
         return folded
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _WithDeadZone(Acting):
     kernel: jax.Array

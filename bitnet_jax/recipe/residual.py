@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ..leaf import Acting, Product
 from ..policy import Policy
+from ..pytree import pytree
 from .part import Part, Tree, latent_of, on_matrices, per_matrix
 
 
@@ -45,7 +46,7 @@ class Residual(Part):
         return on_matrices(one, params, self.policy)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _WithResidual(Acting):
     kernel: jax.Array

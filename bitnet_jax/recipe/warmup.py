@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ..leaf import Acting, Product
 from ..policy import Policy
+from ..pytree import pytree
 from ..quantize import Scheme, round_activations, straight_through
 from .part import Part, Tree, latent_of, on_matrices, per_matrix, value_of
 
@@ -47,7 +48,7 @@ class WarmUp(Part):
         return on_matrices(one, params, self.policy)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _Blended(Acting):
     """A kernel, its ternary value in float, and lambda."""

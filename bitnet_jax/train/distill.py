@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import BitnetError
+from ..pytree import pytree
 from .loss import Loss, cross_entropy, float32_logits, next_token
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _Distillation:
     """A loss with arrays in it: a pytree, so that compiled steps take them as arguments."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import BitnetError
 from ..models.phase3 import Phase3Config, supervised
+from ..pytree import pytree
 from .agreement import compared, shares
 from .distill import divergence
 from .evaluate import summed
@@ -32,7 +33,7 @@ def attached(config: Phase3Config) -> Phase3Config:
     return dataclasses.replace(config, detach_between_steps=False)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _Recursion:
     """A loss with arrays in it: a pytree, so that compiled steps take them as arguments."""

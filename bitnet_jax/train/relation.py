@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ..errors import BitnetError
 from ..models.decoder import ACTIVATIONS
+from ..pytree import pytree
 from .distill import _Distillation
 from .loss import Loss
 from .step import as_pytree
@@ -17,7 +18,7 @@ from .step import as_pytree
 States = tuple[jax.Array, ...]  # of queries, keys, values: (batch, length, heads, head_dim) each
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _Relation:
     """A loss with arrays in it: a pytree, so that compiled steps take them as arguments."""
