@@ -36,9 +36,9 @@ namespace as_avxvnni {
 
 int main() {
   printf("avx512vnni without its instruction: %d\n",
-         right({"", nullptr, FEW, as_avx512vnni::few, as_avx512vnni::many}));
+         right({"", nullptr, FEW, 0, as_avx512vnni::few, as_avx512vnni::many}));
   printf("avxvnni without its instruction: %d\n",
-         right({"", nullptr, FEW, as_avxvnni::few, as_avxvnni::many}));
+         right({"", nullptr, FEW, 0, as_avxvnni::few, as_avxvnni::many}));
   for (const Variant& variant : kVariants)
     printf("%s: %d\n", variant.name, bitnet_check(variant.name));
 }

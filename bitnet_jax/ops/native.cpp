@@ -37,7 +37,9 @@ namespace ffi = xla::ffi;
 
 constexpr int FEW = 16;      // at most so many rows read the codes directly
 constexpr int MANY = 128;    // rows of a task above that
-constexpr int STRIP = 1408;  // and its columns: their sums, 352 KB, fit an L2 cache of 512 KB
+// And at most so many columns: their sums, 704 KB, fit an L2 cache of 1 MB, as CPUs with AVX512 have;
+// other variants take half as many, for 512 KB.
+constexpr int MOST_COLUMNS = 2816;
 constexpr int TURN = 128;    // and inputs turned at once: whole cache lines of every row
 
 // ---- Variants ------------------------------------------------------------------------------------
@@ -50,7 +52,7 @@ constexpr int TURN = 128;    // and inputs turned at once: whole cache lines of 
 
 // Compilers turn a chain of additions into a tree, which spills; this keeps the chain.
 #if defined(__x86_64__)
-#define KEEP(vector) asm("" : "+x"(vector))
+#define KEEP(vector) asm("" : "+v"(vector))
 #elif defined(__aarch64__)
 #define KEEP(vector) asm("" : "+w"(vector))
 #else
@@ -59,8 +61,8 @@ constexpr int TURN = 128;    // and inputs turned at once: whole cache lines of 
 
 // What a thread keeps for products of many rows.
 struct Scratch {
-  alignas(64) uint16_t index[8 * (STRIP + 32)];
-  alignas(64) int16_t sums[MANY * STRIP];
+  alignas(64) uint16_t index[8 * (MOST_COLUMNS + 32)];
+  alignas(64) int16_t sums[MANY * MOST_COLUMNS];
   alignas(64) int16_t inputs[MANY * TURN];
 };
 
@@ -90,6 +92,7 @@ namespace avx2 {
 #define DOT return sums + (Sums)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
 // A shift would take the execution units of shuffles, which are short; a multiplication does not.
 #define HIGH_HALVES return (Bytes)_mm256_mulhi_epu16((__m256i)codes, _mm256_set1_epi16(1 << 12));
+#define ADD_PAIRS return (Sixteens)_mm256_maddubs_epi16((__m256i)weights, (__m256i)values);
 #define LOOKUP                                                                  \
   return (Bytes)_mm256_shuffle_epi8(                                            \
       _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), (__m256i)index);
@@ -122,6 +125,22 @@ namespace avx512vnni {
 }  // namespace avx512vnni
 END
 
+BEGIN("avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")
+namespace avx512vbmi {
+#define BYTES 64
+#define GROUP 4
+#define AT_ONCE 2
+#define WIDEN return (Ints8)_mm256_cvtepi16_epi32((__m128i)piece);
+#define DOT return (Sums)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x);
+#define ADD_PAIRS return (Sixteens)_mm512_maddubs_epi16((__m512i)weights, (__m512i)values);
+#define PERMUTE return (Bytes)_mm512_permutexvar_epi8((__m512i)index, (__m512i)table);
+#define TO_BYTES return (Bytes)_mm512_packs_epi16((__m512i)a, (__m512i)b);
+#define MOVE_BITS \
+  return (Bytes)_mm512_gf2p8affine_epi64_epi8((__m512i)codes, _mm512_set1_epi64(matrix), 0);
+#include "native_kernels.h"
+}  // namespace avx512vbmi
+END
+
 #if defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
 #define HAS_AMX
 BEGIN("avx512f,avx512bw,avx512vl,avx512vnni,amx-tile,amx-int8")
@@ -152,6 +171,7 @@ struct Variant {
   const char* name;
   bool (*runs_here)();
   int directly;  // up to so many rows `few` is faster than `many`; at most FEW
+  int columns;   // of a task of many rows
   Product *few, *many;
 };
 
@@ -164,23 +184,29 @@ static bool has_avx512vnni() {
 
 static const Variant kVariants[] = {  // the best first
 #if defined(HAS_AMX)
-    {"amx", [] { return has_avx512vnni() && amx::allowed(); }, FEW / 2, avx512vnni::few, amx::many},
+    {"amx", [] { return has_avx512vnni() && amx::allowed(); }, FEW / 2, MOST_COLUMNS / 2,
+     avx512vnni::few, amx::many},
 #endif
 #if defined(__x86_64__)
-    {"avx512vnni", has_avx512vnni, FEW, avx512vnni::few, avx512vnni::many},
+    {"avx512vbmi",
+     [] { return has_avx512vnni() && __builtin_cpu_supports("avx512vbmi") &&
+                 __builtin_cpu_supports("gfni"); },
+     FEW, avx512vbmi::STRIP, avx512vbmi::few, avx512vbmi::many},
+    {"avx512vnni", has_avx512vnni, FEW, avx512vnni::STRIP, avx512vnni::few, avx512vnni::many},
 #if defined(HAS_AVXVNNI)
     {"avxvnni",
      [] { unsigned a, b, c, d;  // older compilers do not know it by name
           return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
                  (a >> 4 & 1); },
-     FEW, avxvnni::few, avxvnni::many},
+     FEW, avxvnni::STRIP, avxvnni::few, avxvnni::many},
 #endif
-    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, FEW / 2, avx2::few, avx2::many},
+    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, FEW / 2, avx2::STRIP, avx2::few,
+     avx2::many},
 #elif defined(__aarch64__) && defined(__linux__)
-    {"dotprod", [] { return bool(getauxval(AT_HWCAP) & HWCAP_ASIMDDP); }, FEW, dotprod::few,
-     dotprod::many},
+    {"dotprod", [] { return bool(getauxval(AT_HWCAP) & HWCAP_ASIMDDP); }, FEW, dotprod::STRIP,
+     dotprod::few, dotprod::many},
 #endif
-    {"portable", [] { return true; }, FEW / 2, portable::few, portable::many},
+    {"portable", [] { return true; }, FEW / 2, portable::STRIP, portable::few, portable::many},
 };
 
 static const Variant* find(std::string_view name) { return find_in(kVariants, name); }
@@ -325,7 +351,7 @@ static ffi::Error PackedProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
   }
   const int64_t blocks = direct ? 1 : (rows + MANY - 1) / MANY, others = matrices * blocks;
   const int64_t height = direct ? rows : ((rows + blocks - 1) / blocks + 31) / 32 * 32;
-  const int64_t columns = strip(n, others, threads, direct ? wide : STRIP);
+  const int64_t columns = strip(n, others, threads, direct ? wide : variant->columns);
   const int64_t strips = (n + columns - 1) / columns;
   run(pool, others * strips, [&](int64_t task) {
     const int64_t b = task / strips / blocks, m = task / strips % blocks * height;

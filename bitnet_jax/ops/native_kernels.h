@@ -15,6 +15,8 @@
 
 #include "lookup.h"
 
+#define MEMBER inline __attribute__((always_inline))
+
 typedef uint8_t Bytes __attribute__((vector_size(BYTES)));
 typedef int16_t Shorts __attribute__((vector_size(BYTES)));
 typedef std::conditional_t<GROUP == 2, int16_t, int32_t> Sum;
@@ -149,123 +151,14 @@ static void arrange(const int8_t* x, int64_t rows, int64_t k, int64_t blocks, in
   }
 }
 
-#ifdef LOOKUP
-// ---- One row: sums of two inputs are looked up in registers --------------------------------------
-
-// Half a byte holds two codes and chooses one of nine sums x0 d0 + x1 d1, within +-256: a shuffle of
-// bytes looks up 32 at once. The sum is kept as a + 32 b, a from -16 to 15, b from -8 to 8, so that
-// eight of each (four packed rows) add up in bytes. Bytes need no interleaving here, and the codes
-// are -1 to 1, so that there is no correction. Per 32 bytes of codes 13 instructions, and 17 with
-// dots; for more rows dots win, because a row costs 8 there and 10 here.
-INLINE Bytes high_halves(Bytes codes) { HIGH_HALVES }
-INLINE Bytes look(const int8_t* table, Bytes index) { LOOKUP }
-
-constexpr int PAIRS_OF_ROW = 2, TABLE = 16;
-constexpr int ROW_TABLES = PAIRS_OF_ROW * 2 * TABLE;  // bytes: a and b of each pair of inputs
-constexpr int WIDEST = 7;  // times STREAMS packed rows of +-512 stay in int16
-
-static void pair_tables(const int8_t* x, int64_t k, int64_t blocks, int8_t* to) {
-  const Shorts first = {-1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2};
-  const Shorts second = {-1, -1, -1, -1, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2};
-  typedef int8_t Table __attribute__((vector_size(TABLE)));
-  for (int64_t block = 0; block < blocks; block++)
-    for (int i = 0; i < STREAMS; i++)
-      for (int pair = 0; pair < PAIRS_OF_ROW; pair++, to += 2 * TABLE) {
-        int64_t at = 4 * (i * blocks + block) + 2 * pair;
-        int16_t x0 = at < k ? x[at] : 0, x1 = at + 1 < k ? x[at + 1] : 0;
-        Shorts sum = first * x0 + second * x1, b = (sum + 16) >> 5, a = sum - (b << 5);
-        store(to, __builtin_convertvector(a, Table));
-        store(to + TABLE, __builtin_convertvector(b, Table));
-      }
-}
-
-// sums[0 .. 2 BYTES) += one packed row of each stream, two vectors (a cache line) at a time.
-INLINE void look_up_pairs(const uint8_t* const* row, int64_t column, int64_t ahead,
-                          const int8_t* tables, int16_t* sums) {
-  Sums total[4] = {};
-#pragma GCC unroll 2
-  for (int g = 0; g < STREAMS; g += 4) {
-    Bytes a[2] = {}, b[2] = {};
-#pragma GCC unroll 4
-    for (int i = g; i < g + 4; i++, tables += ROW_TABLES) {
-      __builtin_prefetch(row[i] + ahead);
-      Bytes low[2], high[2];
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; v++) {
-        Bytes codes = load<Bytes>(row[i] + column + v * BYTES);
-        low[v] = codes & 15, high[v] = high_halves(codes) & 15;
-      }
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; v++) a[v] += look(tables, low[v]);
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; v++) b[v] += look(tables + TABLE, low[v]);
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; v++) a[v] += look(tables + 2 * TABLE, high[v]);
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; v++) b[v] += look(tables + 3 * TABLE, high[v]);
-      for (int v = 0; v < 2; v++) {
-        KEEP(a[v]);
-        KEEP(b[v]);
-      }
-    }
-    const Bytes weights = (Bytes)(Shorts{} + (1 | 32 << 8));
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; v++) {
-      total[2 * v] = dot(total[2 * v], weights, SHUFFLE(a[v], b[v], LANES(PAIRS, 0)));
-      total[2 * v + 1] = dot(total[2 * v + 1], weights, SHUFFLE(a[v], b[v], LANES(PAIRS, 8)));
-    }
-  }
-#pragma GCC unroll 4
-  for (int q = 0; q < 4; q++)
-    store(sums + q * BYTES / 2, load<Sums>(sums + q * BYTES / 2) + total[q]);
-}
-
-static void one(const int8_t* x, int64_t k, const uint8_t* codes, int64_t n, int64_t columns,
-                int32_t* out) {
-  const int64_t packed = (k + 3) / 4, blocks = (packed + STREAMS - 1) / STREAMS;
-  static thread_local std::vector<int8_t> tables;
-  tables.resize(blocks * STREAMS * ROW_TABLES);
-  pair_tables(x, k, blocks, tables.data());
-  int16_t* sums = scratch().sums;  // pieces of 8 outputs, in the order interleaving leaves them in
-  memset(sums, 0, (columns + 63) / 64 * 64 * sizeof *sums);
-  std::fill_n(out, columns, 0);
-  for (int64_t block = 0; block < blocks; block++) {
-    const int8_t* table = &tables[block * STREAMS * ROW_TABLES];
-    const uint8_t* row[STREAMS];  // past the end any row will do: its x are 0
-    for (int i = 0; i < STREAMS; i++) row[i] = codes + std::min(i * blocks + block, packed - 1) * n;
-    int64_t c = 0;
-    for (; c + 64 <= columns; c += 64) {
-      int64_t ahead = c + AHEAD < columns ? c + AHEAD : c + AHEAD - columns + n;
-      look_up_pairs(row, c, ahead, table, sums + c);
-    }
-    if (c < columns) {
-      uint8_t copy[STREAMS][64] = {};
-      for (int i = 0; i < STREAMS; i++) {
-        memcpy(copy[i], row[i] + c, columns - c);
-        row[i] = copy[i];
-      }
-      look_up_pairs(row, 0, 0, table, sums + c);
-    }
-    if (block % WIDEST == WIDEST - 1 || block == blocks - 1)
-      for (c = 0; c < columns; c += 8) {
-        int16_t* piece =
-            sums + c / BYTES * BYTES + c / 8 % 2 * (BYTES / 2) + c % BYTES / 16 * 8;
-        Ints8 wide = widen(load<Shorts8>(piece));
-        if (c + 8 <= columns) {
-          store(out + c, load<Ints8>(out + c) + wide);
-        } else {
-          for (int64_t j = 0; j < columns - c; j++) out[c + j] += wide[j];
-        }
-        store(piece, Shorts8{});
-      }
-  }
-}
+#if defined(LOOKUP) || defined(PERMUTE)
+#include "one_row.h"
 #endif
 
 // out (rows, columns) = x (rows, k) @ codes (k, columns); codes and out lie in matrices n wide.
 static void few(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
                 int64_t columns, int32_t* out) {
-#ifdef LOOKUP
+#if defined(LOOKUP) || defined(PERMUTE)
   if (rows == 1) return one(x, k, codes, n, columns, out);
 #endif
   const int64_t packed = (k + 3) / 4, blocks = (packed + STREAMS - 1) / STREAMS;
@@ -297,10 +190,13 @@ static void few(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, 
 
 // ---- Many rows: sums of four inputs are looked up ------------------------------------------------
 
-// See lookup.h; a byte of codes, four inputs, chooses the sum.
+// See lookup.h; a byte of codes, four inputs, chooses the sum. Eight tables are 20 KB, for the L1 cache;
+// with 32 rows they are 41 KB, and yet faster on Zen 4 (L1 of 32 KB) than four or six, whose sums are
+// read and written more often: a store of 64 bytes takes two cycles there.
 constexpr int HEIGHT = BYTES == 64 ? 32 : 16;       // rows of x that share a table
-constexpr int TABLES = 128 / HEIGHT;                // packed rows at once: 20 KB, for the L1 cache
+constexpr int TABLES = 8;                           // packed rows at once
 constexpr int INPUTS = 4 * TABLES;
+constexpr int STRIP = BYTES == 64 ? MOST_COLUMNS : MOST_COLUMNS / 2;  // columns of a task
 static_assert(TURN % INPUTS == 0);
 constexpr int BLOCKS = MANY / HEIGHT;
 constexpr int ROW = STRIP + 32;  // of indices: no power of two, whose lines would share a cache set
@@ -354,6 +250,7 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
 }
 
 #undef INLINE
+#undef MEMBER
 #undef PAIR
 #undef PAIRS
 #undef TWO
@@ -365,3 +262,7 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
 #undef DOT
 #undef LOOKUP
 #undef HIGH_HALVES
+#undef PERMUTE
+#undef TO_BYTES
+#undef MOVE_BITS
+#undef ADD_PAIRS
