@@ -165,8 +165,8 @@ class Peer:
 
 
 def peers(arguments: Arguments, threads: int) -> dict[str, Peer]:
-    found = subprocess.run([str(arguments.llama), "-c", "import xllamacpp"], capture_output=True)
-    if found.returncode:
+    command = [str(arguments.llama), "-c", "import xllamacpp"]
+    if not arguments.llama.exists() or subprocess.run(command, capture_output=True).returncode:
         print(f"no llama.cpp: {arguments.llama} has no xllamacpp", file=sys.stderr)
         return {}
     made = {}
