@@ -262,6 +262,22 @@ def start(tmp_path, code=STATUS, **env):
 
 
 @pytest.mark.parametrize(
+    "switch, said",
+    [pytest.param("1", "native op, variant", marks=needs_native), ("0", "switches it off")],
+)
+def test_all_ops_are_compiled_at_once_for_an_image(switch, said):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "bitnet_jax.ops"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "BITNET_JAX_NATIVE": switch},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    names = [line.partition(":")[0] for line in done.stdout.splitlines()]
+    assert not done.stderr and not done.returncode
+    assert names == ["native", "int8", "quantise", "training", "attention"]
+    assert done.stdout.count(said) == 5
+
+
+@pytest.mark.parametrize(
     "env, reason",
     [
         ({"BITNET_JAX_NATIVE": "0"}, "switches it off"),

@@ -3,7 +3,7 @@
 It is compiled at first use, see build.py. Without a compiler there is no native op, `status` says
 so, and nothing else changes.
 
-``python -m bitnet_jax.ops.native`` compiles it now, for an image or a cluster, and prints `status`.
+``python -m bitnet_jax.ops`` compiles it and the other ops now, for an image or a cluster.
 """
 
 import jax
@@ -81,7 +81,3 @@ def packed_product(
     )
     call = jax.ffi.ffi_call(_TARGET, out, vmap_method="expand_dims")
     return call(*operands, isa=isa)
-
-
-if __name__ == "__main__":
-    print(status())
