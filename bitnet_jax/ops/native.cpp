@@ -92,7 +92,7 @@ namespace avx2 {
 #define DOT return sums + (Sums)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
 // A shift would take the execution units of shuffles, which are short; a multiplication does not.
 #define HIGH_HALVES return (Bytes)_mm256_mulhi_epu16((__m256i)codes, _mm256_set1_epi16(1 << 12));
-#define ADD_PAIRS return (Sixteens)_mm256_maddubs_epi16((__m256i)weights, (__m256i)values);
+#define ADD_PAIRS return (Shorts)_mm256_maddubs_epi16((__m256i)weights, (__m256i)values);
 #define LOOKUP                                                                  \
   return (Bytes)_mm256_shuffle_epi8(                                            \
       _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), (__m256i)index);
@@ -132,7 +132,7 @@ namespace avx512vbmi {
 #define AT_ONCE 2
 #define WIDEN return (Ints8)_mm256_cvtepi16_epi32((__m128i)piece);
 #define DOT return (Sums)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x);
-#define ADD_PAIRS return (Sixteens)_mm512_maddubs_epi16((__m512i)weights, (__m512i)values);
+#define ADD_PAIRS return (Shorts)_mm512_maddubs_epi16((__m512i)weights, (__m512i)values);
 #define PERMUTE return (Bytes)_mm512_permutexvar_epi8((__m512i)index, (__m512i)table);
 #define TO_BYTES return (Bytes)_mm512_packs_epi16((__m512i)a, (__m512i)b);
 #define MOVE_BITS \

@@ -9,11 +9,10 @@
 //   LOOKUP, HIGH_HALVES                to look up sums of two inputs, or
 //   PERMUTE, TO_BYTES and MOVE_BITS    to look up sums of three.
 
-typedef int16_t Sixteens __attribute__((vector_size(BYTES)));
-INLINE Sixteens add_pairs(Bytes weights, Bytes values) { ADD_PAIRS }
+INLINE Shorts add_pairs(Bytes weights, Bytes values) { ADD_PAIRS }
 
 // sums (2 BYTES of them) += a + 32 b, in the order that interleaving leaves outputs in.
-INLINE void add_up(Bytes a, Bytes b, Sixteens* low, Sixteens* high) {
+INLINE void add_up(Bytes a, Bytes b, Shorts* low, Shorts* high) {
   const Bytes weights = (Bytes)(Shorts{} + (1 | 32 << 8));
   *low += add_pairs(weights, SHUFFLE(a, b, LANES(PAIRS, 0)));
   *high += add_pairs(weights, SHUFFLE(a, b, LANES(PAIRS, 8)));
@@ -58,7 +57,7 @@ struct Lookups {
   // sums[0 .. 64) += one packed row of each stream, two vectors (a cache line) at a time.
   MEMBER void add(const uint8_t* const* row, int64_t column, int64_t ahead, int16_t* sums) const {
     const int8_t* table = tables;
-    Sixteens total[4] = {};
+    Shorts total[4] = {};
 #pragma GCC unroll 2
     for (int g = 0; g < ROWS; g += 4) {
       Bytes a[2] = {}, b[2] = {};
@@ -89,7 +88,7 @@ struct Lookups {
     }
 #pragma GCC unroll 4
     for (int q = 0; q < 4; q++)
-      store(sums + q * BYTES / 2, load<Sixteens>(sums + q * BYTES / 2) + total[q]);
+      store(sums + q * BYTES / 2, load<Shorts>(sums + q * BYTES / 2) + total[q]);
   }
 };
 #endif
@@ -175,7 +174,7 @@ struct Permutations {
         KEEP(b);
       }
     }
-    Sixteens first = load<Sixteens>(sums), second = load<Sixteens>(sums + BYTES / 2);
+    Shorts first = load<Shorts>(sums), second = load<Shorts>(sums + BYTES / 2);
     add_up(a, b, &first, &second);
     store(sums, first);
     store(sums + BYTES / 2, second);
