@@ -93,12 +93,12 @@ def ragged(prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
 
 
 def bucket(length: int) -> int:
-    """The length that so many tokens are padded to: 16, 24, 32, 48, 64, 96, ...
+    """The length that so many tokens are padded to: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ...
 
-    >>> [bucket(length) for length in (1, 17, 24, 50, 1000)]
-    [16, 24, 24, 64, 1024]
+    >>> [bucket(length) for length in (1, 3, 17, 24, 50, 1000)]
+    [1, 4, 24, 24, 64, 1024]
     """
-    power = 16
+    power = 1
     while power < length:
         power *= 2
     return power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power
