@@ -36,6 +36,7 @@
 namespace ffi = xla::ffi;
 
 constexpr int FEW = 16;      // at most so many rows read the codes directly
+constexpr int WIDE = 8192;   // and columns of a task then: the sums stay in the L2 cache
 constexpr int MANY = 128;    // rows of a task above that
 // And at most so many columns: their sums, 704 KB, fit an L2 cache of 1 MB, as CPUs with AVX512 have;
 // other variants take half as many, for 512 KB.
@@ -128,10 +129,7 @@ END
 BEGIN("avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,gfni")
 namespace avx512vbmi {
 #define BYTES 64
-#define GROUP 4
-#define AT_ONCE 2
 #define WIDEN return (Ints8)_mm256_cvtepi16_epi32((__m128i)piece);
-#define DOT return (Sums)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)x);
 #define ADD_PAIRS return (Shorts)_mm512_maddubs_epi16((__m512i)weights, (__m512i)values);
 #define PERMUTE return (Bytes)_mm512_permutexvar_epi8((__m512i)index, (__m512i)table);
 #define TO_BYTES return (Bytes)_mm512_packs_epi16((__m512i)a, (__m512i)b);
@@ -191,7 +189,7 @@ static const Variant kVariants[] = {  // the best first
     {"avx512vbmi",
      [] { return has_avx512vnni() && __builtin_cpu_supports("avx512vbmi") &&
                  __builtin_cpu_supports("gfni"); },
-     FEW, avx512vbmi::STRIP, avx512vbmi::few, avx512vbmi::many},
+     FEW, avx512vnni::STRIP, avx512vbmi::by_row, avx512vnni::many},
     {"avx512vnni", has_avx512vnni, FEW, avx512vnni::STRIP, avx512vnni::few, avx512vnni::many},
 #if defined(HAS_AVXVNNI)
     {"avxvnni",
@@ -338,8 +336,7 @@ static ffi::Error PackedProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
 
   const bool direct = rows <= variant->directly;
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  const int64_t wide = 8192;  // outputs whose sums stay in the L2 cache
-  if (direct && matrices == 1 && n <= wide) {
+  if (direct && matrices == 1 && n <= WIDE) {
     // At least a page of codes in each of eight streams is worth a thread.
     const int64_t parts = std::min(threads, packed * n / 32768);
     if (parts > 1) {
@@ -351,7 +348,7 @@ static ffi::Error PackedProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
   }
   const int64_t blocks = direct ? 1 : (rows + MANY - 1) / MANY, others = matrices * blocks;
   const int64_t height = direct ? rows : ((rows + blocks - 1) / blocks + 31) / 32 * 32;
-  const int64_t columns = strip(n, others, threads, direct ? wide : variant->columns);
+  const int64_t columns = strip(n, others, threads, direct ? WIDE : variant->columns);
   const int64_t strips = (n + columns - 1) / columns;
   run(pool, others * strips, [&](int64_t task) {
     const int64_t b = task / strips / blocks, m = task / strips % blocks * height;

@@ -13,7 +13,7 @@ import numpy as np
 from . import build
 
 _TARGET = "bitnet_packed_product"
-_library = build.opener("native.cpp", "native_kernels.h", "one_row.h", "amx.h", targets=(_TARGET,))
+_library = build.opener("native.cpp", "native_kernels.h", "by_row.h", "amx.h", targets=(_TARGET,))
 
 
 def status() -> str:

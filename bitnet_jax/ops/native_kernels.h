@@ -19,15 +19,6 @@
 
 typedef uint8_t Bytes __attribute__((vector_size(BYTES)));
 typedef int16_t Shorts __attribute__((vector_size(BYTES)));
-typedef std::conditional_t<GROUP == 2, int16_t, int32_t> Sum;
-typedef std::conditional_t<GROUP == 2, uint16_t, uint32_t> Word;  // GROUP bytes of x, to be spread
-typedef Sum Sums __attribute__((vector_size(BYTES)));
-typedef Word Words __attribute__((vector_size(BYTES)));
-
-typedef int32_t Ints4 __attribute__((vector_size(16)));
-
-INLINE Ints4 widen(Ints4 piece) { return piece; }
-INLINE Sums dot(Sums sums, Bytes codes, Bytes x) { DOT }
 
 // Interleaving works within each 128 bits, as the instructions of all these machines do.
 #define PAIR(i) i, BYTES + (i)
@@ -43,6 +34,24 @@ INLINE Sums dot(Sums sums, Bytes codes, Bytes x) { DOT }
 #define LANES(of, i) of(i), of(i + 16), of(i + 32), of(i + 48)
 #endif
 
+#if defined(LOOKUP) || defined(PERMUTE)
+#include "by_row.h"
+#endif
+
+#ifdef DOT  // where there is none, few rows are `by_row` and many are another variant's
+
+// ---- Few rows: the codes are read once, at the speed of memory if the arithmetic keeps up --------
+
+typedef std::conditional_t<GROUP == 2, int16_t, int32_t> Sum;
+typedef std::conditional_t<GROUP == 2, uint16_t, uint32_t> Word;  // GROUP bytes of x, to be spread
+typedef Sum Sums __attribute__((vector_size(BYTES)));
+typedef Word Words __attribute__((vector_size(BYTES)));
+
+typedef int32_t Ints4 __attribute__((vector_size(16)));
+
+INLINE Ints4 widen(Ints4 piece) { return piece; }
+INLINE Sums dot(Sums sums, Bytes codes, Bytes x) { DOT }
+
 // GROUP packed rows -> GROUP vectors in which the GROUP bytes of one output are neighbours. Of each
 // 16 outputs, vector q holds the ones from 16 / GROUP * q on.
 INLINE void interleave(const uint8_t* const* row, int64_t column, Bytes* part) {
@@ -57,8 +66,6 @@ INLINE void interleave(const uint8_t* const* row, int64_t column, Bytes* part) {
   part[2] = SHUFFLE(high, high2, LANES(TWOS, 0)), part[3] = SHUFFLE(high, high2, LANES(TWOS, 8));
 #endif
 }
-
-// ---- Few rows: the codes are read once, at the speed of memory if the arithmetic keeps up --------
 
 // Eight packed rows are read side by side, an eighth of the matrix apart: eight streams, each from
 // its first byte to its last, which is what prefetchers follow. (Eight neighbouring rows, whose
@@ -151,15 +158,11 @@ static void arrange(const int8_t* x, int64_t rows, int64_t k, int64_t blocks, in
   }
 }
 
-#if defined(LOOKUP) || defined(PERMUTE)
-#include "one_row.h"
-#endif
-
 // out (rows, columns) = x (rows, k) @ codes (k, columns); codes and out lie in matrices n wide.
 static void few(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
                 int64_t columns, int32_t* out) {
-#if defined(LOOKUP) || defined(PERMUTE)
-  if (rows == 1) return one(x, k, codes, n, columns, out);
+#ifdef LOOKUP
+  if (rows == 1) return by_row(x, rows, k, codes, n, columns, out);
 #endif
   const int64_t packed = (k + 3) / 4, blocks = (packed + STREAMS - 1) / STREAMS;
   static thread_local std::vector<Word> words;
@@ -248,6 +251,7 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
   }
   for (int64_t b = 0; b < blocks; b++) put_block(b);
 }
+#endif  // DOT
 
 #undef INLINE
 #undef MEMBER

@@ -1,4 +1,4 @@
-// One row: sums of two or three inputs are looked up in registers; included by native_kernels.h.
+// One row at a time: sums of two or three inputs are looked up in registers; included by native_kernels.h.
 //
 // A few bits of codes choose one of the sums of x_j d_j, and a shuffle of bytes looks up a register
 // full of them at once. A sum does not fit a byte, so it is kept as a + 32 b, a from -16 to 15, and
@@ -26,8 +26,8 @@ INLINE Bytes high_halves(Bytes codes) { HIGH_HALVES }
 INLINE Bytes look(const int8_t* table, Bytes index) { LOOKUP }
 
 struct Lookups {
-  static constexpr int ROWS = STREAMS;         // packed rows side by side
-  static constexpr int64_t LOOKAHEAD = AHEAD;  // columns
+  static constexpr int ROWS = 8;               // packed rows side by side
+  static constexpr int64_t LOOKAHEAD = 256;  // columns
   static constexpr int WIDEST = 7;             // times ROWS packed rows of +-512 stay in int16
   static constexpr int TABLE = 16;
   static constexpr int TABLES = ROWS * 4 * TABLE;  // bytes of a block: a and b of each pair of inputs
@@ -188,44 +188,52 @@ typedef Lookups OneRow;
 typedef Permutations OneRow;
 #endif
 
-static void one(const int8_t* x, int64_t k, const uint8_t* codes, int64_t n, int64_t columns,
-                int32_t* out) {
+// sums, in the order that interleaving leaves outputs in, onto out; and sums = 0.
+static void put_row(int16_t* sums, int64_t columns, int32_t* out) {
+  for (int64_t c = 0; c < columns; c += 8) {
+    int16_t* piece = sums + c / BYTES * BYTES + c / 8 % 2 * (BYTES / 2) + c % BYTES / 16 * 8;
+    const Ints8 wide = widen(load<Shorts8>(piece));
+    if (c + 8 <= columns) store(out + c, load<Ints8>(out + c) + wide);
+    else
+      for (int64_t j = 0; j < columns - c; j++) out[c + j] += wide[j];
+    store(piece, Shorts8{});
+  }
+}
+
+// As `few`, a row after the other: those after the first find a block's codes in the L2 cache.
+static void by_row(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
+                   int64_t columns, int32_t* out) {
   constexpr int ROWS = OneRow::ROWS;
   const int64_t packed = (k + 3) / 4, blocks = (packed + ROWS - 1) / ROWS;
-  static thread_local std::vector<int8_t> prepared;
-  OneRow::prepare(x, k, blocks, prepared);
-  int16_t* sums = scratch().sums;  // pieces of 8 outputs, in the order interleaving leaves them in
-  memset(sums, 0, (columns + 63) / 64 * 64 * sizeof *sums);
-  std::fill_n(out, columns, 0);
+  const int64_t room = (columns + 63) / 64 * 64, whole = columns / 64 * 64;
+  static thread_local std::vector<int8_t> prepared[FEW];
+  for (int64_t m = 0; m < rows; m++) {
+    OneRow::prepare(x + m * k, k, blocks, prepared[m]);
+    std::fill_n(out + m * n, columns, 0);
+  }
+  static_assert(FEW * WIDE <= MANY * MOST_COLUMNS);
+  int16_t* sums = scratch().sums;  // [rows][room]
+  memset(sums, 0, rows * room * sizeof *sums);
   for (int64_t block = 0; block < blocks; block++) {
-    const OneRow looked_up(prepared.data(), block, blocks);
     const uint8_t* row[ROWS];  // past the end any row will do: its x are 0
     for (int i = 0; i < ROWS; i++) row[i] = codes + std::min(i * blocks + block, packed - 1) * n;
-    int64_t c = 0;
-    for (; c + 64 <= columns; c += 64) {
-      int64_t ahead = c + OneRow::LOOKAHEAD;
-      if (ahead >= columns) ahead += n - columns;  // the stream goes on in its next row
-      looked_up.add(row, c, ahead, sums + c);
-    }
-    if (c < columns) {
-      uint8_t copy[ROWS][64] = {};
-      for (int i = 0; i < ROWS; i++) {
-        memcpy(copy[i], row[i] + c, columns - c);
-        row[i] = copy[i];
+    for (int64_t m = 0; m < rows; m++) {
+      const OneRow looked_up(prepared[m].data(), block, blocks);
+      int16_t* own = sums + m * room;
+      for (int64_t c = 0; c < whole; c += 64) {
+        int64_t ahead = c + OneRow::LOOKAHEAD;
+        if (ahead >= columns) ahead += n - columns;  // the stream goes on in its next row
+        looked_up.add(row, c, ahead, own + c);
       }
-      looked_up.add(row, 0, 0, sums + c);
-    }
-    if (block % OneRow::WIDEST == OneRow::WIDEST - 1 || block == blocks - 1)
-      for (c = 0; c < columns; c += 8) {
-        int16_t* piece =
-            sums + c / BYTES * BYTES + c / 8 % 2 * (BYTES / 2) + c % BYTES / 16 * 8;
-        Ints8 wide = widen(load<Shorts8>(piece));
-        if (c + 8 <= columns) {
-          store(out + c, load<Ints8>(out + c) + wide);
-        } else {
-          for (int64_t j = 0; j < columns - c; j++) out[c + j] += wide[j];
-        }
-        store(piece, Shorts8{});
+      if (whole < columns) {
+        uint8_t copy[ROWS][64] = {};
+        const uint8_t* edge[ROWS];
+        for (int i = 0; i < ROWS; i++)
+          edge[i] = (uint8_t*)memcpy(copy[i], row[i] + whole, columns - whole);
+        looked_up.add(edge, 0, 0, own + whole);
       }
+      if (block % OneRow::WIDEST == OneRow::WIDEST - 1 || block == blocks - 1)
+        put_row(own, columns, out + m * n);
+    }
   }
 }
