@@ -201,6 +201,7 @@ constexpr int TABLES = 8;                           // packed rows at once
 constexpr int INPUTS = 4 * TABLES;
 constexpr int STRIP = BYTES == 64 ? MOST_COLUMNS : MOST_COLUMNS / 2;  // columns of a task
 static_assert(TURN % INPUTS == 0);
+constexpr int SPAN = 256;        // columns looked up before more of the next codes are asked for
 constexpr int BLOCKS = MANY / HEIGHT;
 constexpr int ROW = STRIP + 32;  // of indices: no power of two, whose lines would share a cache set
 // A byte of a damaged weight may hold a code of 3, and point at most 40 sums past its table.
@@ -232,12 +233,9 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
     started[b] = empty[b] = true;
   };
   for (int64_t p = 0; p < packed; p += TABLES) {
-    for (int t = 0; t < TABLES; t++) {
-      // Past the end any row will do: its x are 0.
-      indices(codes + std::min(p + t, packed - 1) * n, columns, index[t]);
-      const uint8_t* next = codes + std::min(p + t + TABLES, packed - 1) * n;
-      for (int64_t c = 0; c < columns; c += 64) __builtin_prefetch(next + c);
-    }
+    // Past the end any row will do: its x are 0.
+    const auto row = [&](int64_t t) { return codes + std::min(p + t, packed - 1) * n; };
+    for (int t = 0; t < TABLES; t++) indices(row(t), columns, index[t]);
     if (4 * p % TURN == 0)
       for (int64_t b = 0; b < blocks; b++)
         take(x + b * HEIGHT * k + 4 * p, rows - b * HEIGHT, k, k - 4 * p, turned[b]);
@@ -245,7 +243,13 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
       const auto inputs = turned[b] + 4 * p % TURN;
       if (overflows<INPUTS>(inputs, sums[b], columns, bound[b])) put_block(b);
       for (int t = 0; t < TABLES; t++) fill_table(inputs + 4 * t, tables + 81 * t);
-      look_up<TABLES>(empty[b], tables, index[0], ROW, columns, sums[b]);
+      for (int64_t c = 0; c < columns; c += SPAN) {
+        const int64_t some = std::min<int64_t>(SPAN, columns - c);
+        // A few lines: codes that are asked for all at once are waited for.
+        for (int64_t t = TABLES + b; t < 2 * TABLES; t += blocks)
+          for (int64_t i = 0; i < some; i += 64) __builtin_prefetch(row(t) + c + i);
+        look_up<TABLES>(empty[b], tables, index[0] + c, ROW, some, sums[b] + c);
+      }
       empty[b] = false;
     }
   }
