@@ -11,11 +11,19 @@
 
 INLINE Shorts add_pairs(Bytes weights, Bytes values) { ADD_PAIRS }
 
-// sums (2 BYTES of them) += a + 32 b, in the order that interleaving leaves outputs in.
-INLINE void add_up(Bytes a, Bytes b, Shorts* low, Shorts* high) {
+// Sums of that many packed rows stay in int16, four inputs of each in +-512.
+constexpr int LONGEST = 32767 / 512;
+
+// What is asked for so many columns ahead has come when it is used. (On Zen 4 256 to 448 differ by 4 %;
+// 640 took a fifth longer.)
+constexpr int64_t LOOKAHEAD = 384;
+
+// BYTES sums += a + 32 b, in the order that interleaving leaves outputs in.
+INLINE void add_up(Bytes a, Bytes b, int16_t* sums) {
   const Bytes weights = (Bytes)(Shorts{} + (1 | 32 << 8));
-  *low += add_pairs(weights, SHUFFLE(a, b, LANES(PAIRS, 0)));
-  *high += add_pairs(weights, SHUFFLE(a, b, LANES(PAIRS, 8)));
+  int16_t* rest = sums + BYTES / 2;
+  store(sums, load<Shorts>(sums) + add_pairs(weights, SHUFFLE(a, b, LANES(PAIRS, 0))));
+  store(rest, load<Shorts>(rest) + add_pairs(weights, SHUFFLE(a, b, LANES(PAIRS, 8))));
 }
 
 #ifdef LOOKUP
@@ -26,9 +34,7 @@ INLINE Bytes high_halves(Bytes codes) { HIGH_HALVES }
 INLINE Bytes look(const int8_t* table, Bytes index) { LOOKUP }
 
 struct Lookups {
-  static constexpr int ROWS = 8;               // packed rows side by side
-  static constexpr int64_t LOOKAHEAD = 256;  // columns
-  static constexpr int WIDEST = 7;             // times ROWS packed rows of +-512 stay in int16
+  static constexpr int ROWS = 4;
   static constexpr int TABLE = 16;
   static constexpr int TABLES = ROWS * 4 * TABLE;  // bytes of a block: a and b of each pair of inputs
 
@@ -57,38 +63,31 @@ struct Lookups {
   // sums[0 .. 64) += one packed row of each stream, two vectors (a cache line) at a time.
   MEMBER void add(const uint8_t* const* row, int64_t column, int64_t ahead, int16_t* sums) const {
     const int8_t* table = tables;
-    Shorts total[4] = {};
-#pragma GCC unroll 2
-    for (int g = 0; g < ROWS; g += 4) {
-      Bytes a[2] = {}, b[2] = {};
+    Bytes a[2] = {}, b[2] = {};
 #pragma GCC unroll 4
-      for (int i = g; i < g + 4; i++, table += 4 * TABLE) {
-        __builtin_prefetch(row[i] + ahead);
-        Bytes low[2], high[2];
+    for (int i = 0; i < ROWS; i++, table += 4 * TABLE) {
+      __builtin_prefetch(row[i] + ahead);
+      Bytes low[2], high[2];
 #pragma GCC unroll 2
-        for (int v = 0; v < 2; v++) {
-          Bytes codes = load<Bytes>(row[i] + column + v * BYTES);
-          low[v] = codes & 15, high[v] = high_halves(codes) & 15;
-        }
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; v++) a[v] += look(table, low[v]);
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; v++) b[v] += look(table + TABLE, low[v]);
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; v++) a[v] += look(table + 2 * TABLE, high[v]);
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; v++) b[v] += look(table + 3 * TABLE, high[v]);
-        for (int v = 0; v < 2; v++) {
-          KEEP(a[v]);
-          KEEP(b[v]);
-        }
+      for (int v = 0; v < 2; v++) {
+        Bytes codes = load<Bytes>(row[i] + column + v * BYTES);
+        low[v] = codes & 15, high[v] = high_halves(codes) & 15;
       }
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; v++) add_up(a[v], b[v], &total[2 * v], &total[2 * v + 1]);
+      for (int v = 0; v < 2; v++) a[v] += look(table, low[v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) b[v] += look(table + TABLE, low[v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) a[v] += look(table + 2 * TABLE, high[v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) b[v] += look(table + 3 * TABLE, high[v]);
+      for (int v = 0; v < 2; v++) {
+        KEEP(a[v]);
+        KEEP(b[v]);
+      }
     }
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; q++)
-      store(sums + q * BYTES / 2, load<Shorts>(sums + q * BYTES / 2) + total[q]);
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; v++) add_up(a[v], b[v], sums + v * BYTES);
   }
 };
 #endif
@@ -117,11 +116,10 @@ constexpr Digits DIGITS = [] {
   return digits;
 }();
 
+template <int PACKED_ROWS>
 struct Permutations {
-  static constexpr int ROWS = 6;
-  static constexpr int64_t LOOKAHEAD = 384;  // on Zen 4 the best of 256 to 832; from 640 on far slower
+  static constexpr int ROWS = PACKED_ROWS;
   static constexpr int COUNT = ROWS / 3 * 4;
-  static constexpr int WIDEST = 10;  // times ROWS packed rows of +-512 stay in int16
 
   Bytes low[COUNT], high[COUNT];  // they stay in registers while columns go by
 
@@ -174,18 +172,9 @@ struct Permutations {
         KEEP(b);
       }
     }
-    Shorts first = load<Shorts>(sums), second = load<Shorts>(sums + BYTES / 2);
-    add_up(a, b, &first, &second);
-    store(sums, first);
-    store(sums + BYTES / 2, second);
+    add_up(a, b, sums);
   }
 };
-#endif
-
-#ifdef LOOKUP
-typedef Lookups OneRow;
-#else
-typedef Permutations OneRow;
 #endif
 
 // sums, in the order that interleaving leaves outputs in, onto out; and sums = 0.
@@ -200,7 +189,10 @@ static void put_row(int16_t* sums, int64_t columns, int32_t* out) {
   }
 }
 
-// As `few`, a row after the other: those after the first find a block's codes in the L2 cache.
+// As `few`, a row after the other: those after the first find a block's codes in a cache. OneRow's
+// ROWS packed rows are read side by side, a part of the matrix apart: as many streams, each from its
+// first byte to its last, which is what prefetchers follow.
+template <class OneRow>
 static void by_row(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
                    int64_t columns, int32_t* out) {
   constexpr int ROWS = OneRow::ROWS;
@@ -221,7 +213,7 @@ static void by_row(const int8_t* x, int64_t rows, int64_t k, const uint8_t* code
       const OneRow looked_up(prepared[m].data(), block, blocks);
       int16_t* own = sums + m * room;
       for (int64_t c = 0; c < whole; c += 64) {
-        int64_t ahead = c + OneRow::LOOKAHEAD;
+        int64_t ahead = c + LOOKAHEAD;
         if (ahead >= columns) ahead += n - columns;  // the stream goes on in its next row
         looked_up.add(row, c, ahead, own + c);
       }
@@ -232,8 +224,22 @@ static void by_row(const int8_t* x, int64_t rows, int64_t k, const uint8_t* code
           edge[i] = (uint8_t*)memcpy(copy[i], row[i] + whole, columns - whole);
         looked_up.add(edge, 0, 0, own + whole);
       }
-      if (block % OneRow::WIDEST == OneRow::WIDEST - 1 || block == blocks - 1)
+      if ((block + 1) % (LONGEST / ROWS) == 0 || block == blocks - 1)
         put_row(own, columns, out + m * n);
     }
   }
 }
+
+#ifdef PERMUTE
+// Sums are loaded and stored as often as a block is done, so more rows a block are less work; but a
+// block's codes and sums must fit the L1 cache, of which a byte of codes and two of sums a column take:
+// three rows of up to 5,376 columns 27 KB. (Zen 4, one row from memory, beside reading it: 4096 x 4096
+// at 77 % by six rows and 87 % by three, 2560 x 6912 at 82 and 72 %.)
+constexpr int64_t NARROW = 5376;
+
+static void by_row(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
+                   int64_t columns, int32_t* out) {
+  (columns <= NARROW ? by_row<Permutations<3>> : by_row<Permutations<6>>)(x, rows, k, codes, n, columns,
+                                                                         out);
+}
+#endif

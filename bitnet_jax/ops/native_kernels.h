@@ -162,7 +162,7 @@ static void arrange(const int8_t* x, int64_t rows, int64_t k, int64_t blocks, in
 static void few(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
                 int64_t columns, int32_t* out) {
 #ifdef LOOKUP
-  if (rows == 1) return by_row(x, rows, k, codes, n, columns, out);
+  if (rows == 1) return by_row<Lookups>(x, rows, k, codes, n, columns, out);
 #endif
   const int64_t packed = (k + 3) / 4, blocks = (packed + STREAMS - 1) / STREAMS;
   static thread_local std::vector<Word> words;
