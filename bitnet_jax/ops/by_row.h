@@ -1,4 +1,4 @@
-// One row at a time: sums of two or three inputs are looked up in registers; included by native_kernels.h.
+// One row at a time: sums of two or three inputs are looked up in registers; native_kernels.h includes it.
 //
 // A few bits of codes choose one of the sums of x_j d_j, and a shuffle of bytes looks up a register
 // full of them at once. A sum does not fit a byte, so it is kept as a + 32 b, a from -16 to 15, and
@@ -203,7 +203,7 @@ static void by_row(const int8_t* x, int64_t rows, int64_t k, const uint8_t* code
     OneRow::prepare(x + m * k, k, blocks, prepared[m]);
     std::fill_n(out + m * n, columns, 0);
   }
-  static_assert(FEW * WIDE <= MANY * MOST_COLUMNS);
+  static_assert(SUMS + FEW * 64 <= MANY * MOST_COLUMNS);
   int16_t* sums = scratch().sums;  // [rows][room]
   memset(sums, 0, rows * room * sizeof *sums);
   for (int64_t block = 0; block < blocks; block++) {
@@ -231,15 +231,15 @@ static void by_row(const int8_t* x, int64_t rows, int64_t k, const uint8_t* code
 }
 
 #ifdef PERMUTE
-// Sums are loaded and stored as often as a block is done, so more rows a block are less work; but a
-// block's codes and sums must fit the L1 cache, of which a byte of codes and two of sums a column take:
-// three rows of up to 5,376 columns 27 KB. (Zen 4, one row from memory, beside reading it: 4096 x 4096
-// at 77 % by six rows and 87 % by three, 2560 x 6912 at 82 and 72 %.)
+// One row waits for the memory, which three streams are read from faster than six; but only if the
+// sums stay in the L1 cache beside a block's codes: at two and three bytes a column, 27 KB of 32. More
+// rows wait for the arithmetic, and that takes less if sums are loaded and stored half as often. (One
+// row beside reading alone, Zen 4: 4096 x 4096 by three 87 %, by six 77; 2560 x 6912 72 % and 82.)
 constexpr int64_t NARROW = 5376;
 
 static void by_row(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
                    int64_t columns, int32_t* out) {
-  (columns <= NARROW ? by_row<Permutations<3>> : by_row<Permutations<6>>)(x, rows, k, codes, n, columns,
-                                                                         out);
+  const bool three = rows == 1 && columns <= NARROW;
+  (three ? by_row<Permutations<3>> : by_row<Permutations<6>>)(x, rows, k, codes, n, columns, out);
 }
 #endif

@@ -35,13 +35,13 @@
 
 namespace ffi = xla::ffi;
 
-constexpr int FEW = 16;      // at most so many rows read the codes directly
-constexpr int WIDE = 8192;   // and columns of a task then: the sums stay in the L2 cache
-constexpr int MANY = 128;    // rows of a task above that
+constexpr int FEW = 16;       // at most so many rows read the codes directly
+constexpr int SUMS = 131072;  // and rows times columns of a task then: the sums stay in the L2 cache
+constexpr int MANY = 128;     // rows of a task above that
 // And at most so many columns: their sums, 704 KB, fit an L2 cache of 1 MB, as CPUs with AVX512 have;
 // other variants take half as many, for 512 KB.
 constexpr int MOST_COLUMNS = 2816;
-constexpr int TURN = 128;    // and inputs turned at once: whole cache lines of every row
+constexpr int TURN = 128;     // and inputs turned at once: whole cache lines of every row
 
 // ---- Variants ------------------------------------------------------------------------------------
 
@@ -336,7 +336,8 @@ static ffi::Error PackedProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
 
   const bool direct = rows <= variant->directly;
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  if (direct && matrices == 1 && n <= WIDE) {
+  const int64_t wide = SUMS / rows;
+  if (direct && matrices == 1 && n <= wide) {
     // At least a page of codes in each of eight streams is worth a thread.
     const int64_t parts = std::min(threads, packed * n / 32768);
     if (parts > 1) {
@@ -348,7 +349,7 @@ static ffi::Error PackedProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
   }
   const int64_t blocks = direct ? 1 : (rows + MANY - 1) / MANY, others = matrices * blocks;
   const int64_t height = direct ? rows : ((rows + blocks - 1) / blocks + 31) / 32 * 32;
-  const int64_t columns = strip(n, others, threads, direct ? WIDE : variant->columns);
+  const int64_t columns = strip(n, others, threads, direct ? wide : variant->columns);
   const int64_t strips = (n + columns - 1) / columns;
   run(pool, others * strips, [&](int64_t task) {
     const int64_t b = task / strips / blocks, m = task / strips % blocks * height;
