@@ -11,9 +11,6 @@
 
 INLINE Shorts add_pairs(Bytes weights, Bytes values) { ADD_PAIRS }
 
-// Sums of that many packed rows stay in int16, four inputs of each in +-512.
-constexpr int LONGEST = 32767 / 512;
-
 // What is asked for so many columns ahead has come when it is used. (On Zen 4 256 to 448 differ by 4 %;
 // 640 took a fifth longer.)
 constexpr int64_t LOOKAHEAD = 384;
@@ -189,6 +186,13 @@ static void put_row(int16_t* sums, int64_t columns, int32_t* out) {
   }
 }
 
+// The largest size of what each block may add to a sum.
+static void largest_of(const int8_t* x, int64_t k, int64_t blocks, std::vector<int16_t>& sizes) {
+  sizes.assign(blocks, 0);
+  for (; k > 0; x += 4 * blocks, k -= 4 * blocks)
+    for (int64_t i = 0; i < std::min(k, 4 * blocks); i++) sizes[i / 4] += std::abs(x[i]);
+}
+
 // As `few`, a row after the other: those after the first find a block's codes in a cache. OneRow's
 // ROWS packed rows are read side by side, a part of the matrix apart: as many streams, each from its
 // first byte to its last, which is what prefetchers follow.
@@ -199,19 +203,28 @@ static void by_row(const int8_t* x, int64_t rows, int64_t k, const uint8_t* code
   const int64_t packed = (k + 3) / 4, blocks = (packed + ROWS - 1) / ROWS;
   const int64_t room = (columns + 63) / 64 * 64, whole = columns / 64 * 64;
   static thread_local std::vector<int8_t> prepared[FEW];
+  static thread_local std::vector<int16_t> sizes[FEW];
   for (int64_t m = 0; m < rows; m++) {
+    largest_of(x + m * k, k, blocks, sizes[m]);
     OneRow::prepare(x + m * k, k, blocks, prepared[m]);
     std::fill_n(out + m * n, columns, 0);
   }
   static_assert(SUMS + FEW * 64 <= MANY * MOST_COLUMNS);
   int16_t* sums = scratch().sums;  // [rows][room]
   memset(sums, 0, rows * room * sizeof *sums);
+  int64_t bound[FEW] = {};  // of a row's sums, until they are put
   for (int64_t block = 0; block < blocks; block++) {
     const uint8_t* row[ROWS];  // past the end any row will do: its x are 0
     for (int i = 0; i < ROWS; i++) row[i] = codes + std::min(i * blocks + block, packed - 1) * n;
     for (int64_t m = 0; m < rows; m++) {
-      const OneRow looked_up(prepared[m].data(), block, blocks);
+      const int64_t more = sizes[m][block];
       int16_t* own = sums + m * room;
+      if (bound[m] + more > 32767) {
+        put_row(own, columns, out + m * n);
+        bound[m] = 0;
+      }
+      bound[m] += more;
+      const OneRow looked_up(prepared[m].data(), block, blocks);
       for (int64_t c = 0; c < whole; c += 64) {
         int64_t ahead = c + LOOKAHEAD;
         if (ahead >= columns) ahead += n - columns;  // the stream goes on in its next row
@@ -224,10 +237,9 @@ static void by_row(const int8_t* x, int64_t rows, int64_t k, const uint8_t* code
           edge[i] = (uint8_t*)memcpy(copy[i], row[i] + whole, columns - whole);
         looked_up.add(edge, 0, 0, own + whole);
       }
-      if ((block + 1) % (LONGEST / ROWS) == 0 || block == blocks - 1)
-        put_row(own, columns, out + m * n);
     }
   }
+  for (int64_t m = 0; m < rows; m++) put_row(sums + m * room, columns, out + m * n);
 }
 
 #ifdef PERMUTE
