@@ -114,6 +114,17 @@ def test_no_overflow(op, rows, value, code):
 
 
 @pytest.mark.parametrize("isa", VARIANTS)
+@pytest.mark.parametrize(
+    "rows, k, n",
+    [(1, 333, 5376), (1, 333, 5377), (3, 77, 5377), (1, 99, 20011), (7, 40, 20011), (1, 9, 131137)],
+)
+def test_few_rows_of_wide_matrices(isa, rows, k, n):
+    codes = draw(1, k, n, low=-1, high=2)
+    check(OPS[f"native-{isa}"], draw(0, rows, k), codes)
+    check(OPS[f"native-{isa}"], np.full((rows, k), -128, np.int8), np.full_like(codes, -1))
+
+
+@pytest.mark.parametrize("isa", VARIANTS)
 @pytest.mark.parametrize("rows", [17, 40, 128])
 def test_sums_that_run_up_after_a_while(isa, rows):
     check(OPS[f"native-{isa}"], *sums_in_turns(rows, rows, 4100, 37))
