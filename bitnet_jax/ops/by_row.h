@@ -2,7 +2,7 @@
 //
 // A few bits of codes choose one of the sums of x_j d_j, and a shuffle of bytes looks up a register
 // full of them at once. A sum does not fit a byte, so it is kept as a + 32 b, a from -16 to 15, and
-// the a's and the b's of eight lookups are added up in bytes. Bytes need no interleaving here, and
+// the a's and the b's of up to eight lookups are added up in bytes. Bytes need no interleaving here, and
 // the codes are -1 to 1, so that there is no correction.
 //
 // A variant that can defines ADD_PAIRS, weights times bytes added up over two neighbours in int16, and
@@ -25,8 +25,8 @@ INLINE void add_up(Bytes a, Bytes b, int16_t* sums) {
 
 #ifdef LOOKUP
 // Half a byte holds two codes and chooses one of nine sums, of 16 that a shuffle within 128 bits can
-// choose from. Per 32 bytes of codes 13 instructions, and 17 with dots; for more rows dots win,
-// because a row costs 8 there and 10 here.
+// choose from. Per 32 bytes of codes 13 instructions, and 17 with dots. For more rows it is 10 and 8
+// each, and yet dots took a sixth longer (Zen 4): they load and store sums of 32 bits.
 INLINE Bytes high_halves(Bytes codes) { HIGH_HALVES }
 INLINE Bytes look(const int8_t* table, Bytes index) { LOOKUP }
 
@@ -242,7 +242,6 @@ static void by_row(const int8_t* x, int64_t rows, int64_t k, const uint8_t* code
   for (int64_t m = 0; m < rows; m++) put_row(sums + m * room, columns, out + m * n);
 }
 
-#ifdef PERMUTE
 // One row waits for the memory, which three streams are read from faster than six; but only if the
 // sums stay in the L1 cache beside a block's codes: at two and three bytes a column, 27 KB of 32. More
 // rows wait for the arithmetic, and that takes less if sums are loaded and stored half as often. (One
@@ -251,7 +250,10 @@ constexpr int64_t NARROW = 5376;
 
 static void by_row(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
                    int64_t columns, int32_t* out) {
+#ifdef LOOKUP
+  by_row<Lookups>(x, rows, k, codes, n, columns, out);
+#else
   const bool three = rows == 1 && columns <= NARROW;
   (three ? by_row<Permutations<3>> : by_row<Permutations<6>>)(x, rows, k, codes, n, columns, out);
-}
 #endif
+}

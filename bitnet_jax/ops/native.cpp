@@ -87,10 +87,7 @@ namespace portable {  // any CPU that C++ runs on: x's two bytes apart, and two 
 BEGIN("avx2")
 namespace avx2 {
 #define BYTES 32
-#define GROUP 2
-#define AT_ONCE 2
 #define WIDEN return (Ints8)_mm256_cvtepi16_epi32((__m128i)piece);
-#define DOT return sums + (Sums)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
 // A shift would take the execution units of shuffles, which are short; a multiplication does not.
 #define HIGH_HALVES return (Bytes)_mm256_mulhi_epu16((__m256i)codes, _mm256_set1_epi16(1 << 12));
 #define ADD_PAIRS return (Shorts)_mm256_maddubs_epi16((__m256i)weights, (__m256i)values);
@@ -198,7 +195,7 @@ static const Variant kVariants[] = {  // the best first
                  (a >> 4 & 1); },
      FEW, avxvnni::STRIP, avxvnni::few, avxvnni::many},
 #endif
-    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, FEW / 2, avx2::STRIP, avx2::few,
+    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, FEW / 2, avx2::STRIP, avx2::by_row,
      avx2::many},
 #elif defined(__aarch64__) && defined(__linux__)
     {"dotprod", [] { return bool(getauxval(AT_HWCAP) & HWCAP_ASIMDDP); }, FEW, dotprod::STRIP,

@@ -1,8 +1,8 @@
 // The two products of native.cpp, written once in GCC's vector types and compiled once a variant.
 //
 // native.cpp includes this file several times, each time inside a namespace, with that variant's
-// instruction set switched on, and these set:
-//   BYTES    of a vector: 16, 32 or 64
+// instruction set switched on, BYTES of a vector (16, 32 or 64) set, and for few rows what by_row.h
+// asks for, or these:
 //   GROUP    packed rows that one `dot` takes: 2 (sums in int16) or 4 (sums in int32)
 //   AT_ONCE  rows of x that share one reading of the codes, as far as the registers go
 //   DOT      dot(sums, codes, x) = sums + codes * x, added up over the GROUP neighbouring bytes
@@ -38,8 +38,7 @@ typedef int16_t Shorts __attribute__((vector_size(BYTES)));
 #include "by_row.h"
 #endif
 
-#ifdef DOT  // where there is none, few rows are `by_row` and many are another variant's
-
+#ifdef DOT  // where there is none, few rows are `by_row`
 // ---- Few rows: the codes are read once, at the speed of memory if the arithmetic keeps up --------
 
 typedef std::conditional_t<GROUP == 2, int16_t, int32_t> Sum;
@@ -190,6 +189,7 @@ static void few(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, 
         last_step<1>(row, c, columns - c, spread + m, out + m * n + c, n);
   }
 }
+#endif  // DOT
 
 // ---- Many rows: sums of four inputs are looked up ------------------------------------------------
 
@@ -255,7 +255,6 @@ static void many(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes,
   }
   for (int64_t b = 0; b < blocks; b++) put_block(b);
 }
-#endif  // DOT
 
 #undef INLINE
 #undef MEMBER
