@@ -1,9 +1,10 @@
-// One row at a time: sums of two or three inputs are looked up in registers; native_kernels.h includes it.
+// Few rows, one at a time: sums of two or three inputs are looked up in registers; included by
+// native_kernels.h.
 //
 // A few bits of codes choose one of the sums of x_j d_j, and a shuffle of bytes looks up a register
 // full of them at once. A sum does not fit a byte, so it is kept as a + 32 b, a from -16 to 15, and
-// the a's and the b's of up to eight lookups are added up in bytes. Bytes need no interleaving here, and
-// the codes are -1 to 1, so that there is no correction.
+// the a's and the b's of up to eight lookups are added up in bytes. Bytes need no interleaving here,
+// and the codes are -1 to 1, so that there is no correction.
 //
 // A variant that can defines ADD_PAIRS, weights times bytes added up over two neighbours in int16, and
 //   LOOKUP, HIGH_HALVES                to look up sums of two inputs, or

@@ -335,7 +335,7 @@ static ffi::Error PackedProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::S8> x,
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   const int64_t wide = SUMS / rows;
   if (direct && matrices == 1 && n <= wide) {
-    // At least a page of codes in each of eight streams is worth a thread.
+    // Eight pages of codes are worth a thread.
     const int64_t parts = std::min(threads, packed * n / 32768);
     if (parts > 1) {
       const int64_t layer = std::clamp<int64_t>(index.typed_data()[0], 0, layers - 1);

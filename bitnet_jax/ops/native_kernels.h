@@ -160,9 +160,6 @@ static void arrange(const int8_t* x, int64_t rows, int64_t k, int64_t blocks, in
 // out (rows, columns) = x (rows, k) @ codes (k, columns); codes and out lie in matrices n wide.
 static void few(const int8_t* x, int64_t rows, int64_t k, const uint8_t* codes, int64_t n,
                 int64_t columns, int32_t* out) {
-#ifdef LOOKUP
-  if (rows == 1) return by_row<Lookups>(x, rows, k, codes, n, columns, out);
-#endif
   const int64_t packed = (k + 3) / 4, blocks = (packed + STREAMS - 1) / STREAMS;
   static thread_local std::vector<Word> words;
   words.resize(rows * blocks * GROUPS * 4);
